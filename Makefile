@@ -1,0 +1,55 @@
+# Everything a newcomer needs. Only Python 3.11+ and make are required; the package index is the only network used.
+#   make demo   install, materialize the demo region, compare with its known truth
+#   make ui     the Dagster UI on http://127.0.0.1:3000 with the same store
+#   make test   install and run the tests
+#   make lint   style, types and the contract between rooms
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export DL4GAM_HOME ?= $(CURDIR)/dl4gam_home
+REGION ?= demo
+PORT ?= 3000
+
+.PHONY: help install demo ui test lint clean
+
+help:
+	@sed -n '2,5p' Makefile | cut -c3-
+
+$(VENV)/.made:
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.11"'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# torch first and by itself: a CPU build where the index has one, so that nothing else pulls in a larger one.
+$(VENV)/.installed: $(VENV)/.made setup.cfg pyproject.toml .ci/torch-requirement.txt
+	$(BIN)/python -m pip install --quiet -r .ci/torch-requirement.txt
+	$(BIN)/python -m pip install --quiet -e .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -e '.[test]'
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -e '.[lint]'
+	@touch $@
+
+install: $(VENV)/.installed
+
+demo: $(VENV)/.installed
+	$(BIN)/dl4gam demo
+
+ui: $(VENV)/.installed
+	$(BIN)/dl4gam ui --region $(REGION) --port $(PORT)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest dl4gam_assets_tests
+
+lint: $(VENV)/.lint $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --diff . > /dev/null || (echo "run: $(BIN)/ruff format ." && false)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,103 @@
+"""What all wrappers share: running a stage over a run's partitions and showing its metadata.
+
+Belongs here: turning a StageResult into Dagster metadata; one failed partition does not stop the others of a run.
+Does not belong here: assets.
+"""
+
+import base64
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import dagster as dg
+
+from dl4gam_assets.settings import Region
+from dl4gam_assets.stages.base import StageResult, Workspace
+
+#: Each asset's people; regions override it in their deployment through Definitions' metadata.
+OWNERS = ["team:glacier-mapping"]
+
+
+def backfill_policy(region: Region) -> dg.BackfillPolicy:
+    """How many partitions one run of a backfill takes (compute.partitions_per_run)."""
+    return dg.BackfillPolicy.multi_run(max_partitions_per_run=region.compute.partitions_per_run)
+
+
+def each_partition(
+    context: dg.AssetExecutionContext, ws: Workspace, stage: Callable[[Workspace, str], StageResult]
+) -> None:
+    """Run ``stage(workspace, key)`` for each partition of this run and attach the metadata to that partition.
+
+    A partition that fails is logged and the next one is done; the run then fails with all their names.
+    """
+    if not _partitioned(context):
+        attach(context, None, stage(ws, ""))
+        return
+    errors: list[tuple[str, Exception]] = []
+    for key in context.partition_keys:
+        try:
+            attach(context, key, stage(ws, key))
+        except Exception as error:
+            context.log.error(f"{context.asset_key.to_user_string()} [{key}]: {error}")
+            errors.append((key, error))
+    raise_errors(context, errors)
+
+
+def all_partitions(
+    context: dg.AssetExecutionContext,
+    ws: Workspace,
+    stage: Callable[[Workspace, Sequence[str]], dict[str, StageResult | Exception]],
+) -> None:
+    """Like :func:`each_partition` for a stage that works on several partitions at once."""
+    results = stage(ws, list(context.partition_keys))
+    errors = []
+    for key in context.partition_keys:
+        result = results[key]
+        if isinstance(result, Exception):
+            errors.append((key, result))
+        else:
+            attach(context, key, result)
+    raise_errors(context, errors)
+
+
+def raise_errors(context: dg.AssetExecutionContext, errors: Sequence[tuple[str, Exception]]) -> None:
+    if not errors:
+        return
+    lines = "\n".join(f"  {key}: {error}" for key, error in errors)
+    message = f"{len(errors)} of {len(context.partition_keys)} partitions failed:\n{lines}"
+    raise dg.Failure(description=message) from errors[0][1]
+
+
+def attach(context: dg.AssetExecutionContext, key: str | None, result: StageResult) -> None:
+    """Show a stage's metadata and pictures on the materialization."""
+    metadata = {name: _value(value) for name, value in result.metadata.items() if value is not None}
+    for title, png in result.previews.items():
+        metadata[title] = picture(png, title)
+    context.add_asset_metadata(metadata, partition_key=key)
+    done = "unchanged" if result.unchanged else "made"
+    context.log.info(f"{context.asset_key.to_user_string()} [{result.partition}] {done}: {_short(result.metadata)}")
+
+
+def picture(png: bytes, title: str) -> dg.MarkdownMetadataValue:
+    """A small picture as metadata. It is kept in the event database: stay below a few tens of kilobytes."""
+    return dg.MetadataValue.md(f"![{title}](data:image/png;base64,{base64.b64encode(png).decode()})")
+
+
+def _value(value: Any) -> Any:
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return dg.MetadataValue.table([dg.TableRecord({k: _cell(v) for k, v in row.items()}) for row in value])
+    if isinstance(value, dict | list):
+        return dg.MetadataValue.json(value)
+    return value
+
+
+def _cell(value: Any) -> str | int | float | bool | None:
+    return value if isinstance(value, str | int | float | bool) or value is None else str(value)
+
+
+def _short(metadata: dict[str, Any]) -> str:
+    plain = {k: v for k, v in metadata.items() if isinstance(v, int | float | str) and k != "unchanged"}
+    return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in list(plain.items())[:8])
+
+
+def _partitioned(context: dg.AssetExecutionContext) -> bool:
+    return context.has_partition_key or context.has_partition_key_range

@@ -1,0 +1,46 @@
+"""Areas, outlines, quality figures, rates of change and regional totals.
+
+Belongs here: everything between a glacier's probability map and the numbers that are reported: its area with bounds
+(:mod:`.areas`), outlines (:mod:`.outlines`), held-out quality (:mod:`.evaluation`), change of each glacier
+(:mod:`.rates`), totals and extrapolation to glaciers that were not measured (:mod:`.regional`), and the comparison of
+simulated regions with their truth (:mod:`.truth`).
+Does not belong here: Dagster, file access, how a map was predicted or calibrated.
+
+Names are loaded on first use, so that importing the room costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "area_row": "areas",
+    "counted_pixels": "areas",
+    "bound_masks": "areas",
+    "extract_outlines": "outlines",
+    "evaluate_glacier": "evaluation",
+    "pooled_scores": "evaluation",
+    "scores": "evaluation",
+    "area_changes": "rates",
+    "decimal_year": "rates",
+    "regional_changes": "regional",
+    "combined_std": "regional",
+    "fit_rate_law": "regional",
+    "RateLaw": "regional",
+    "size_class": "regional",
+    "compare_with_truth": "truth",
+    "TruthComparison": "truth",
+}
+
+__all__ = sorted(_HOMES)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

@@ -1,0 +1,123 @@
+"""Change of each glacier between the baseline and a year, with its uncertainty and quality flags.
+
+Belongs here: matching two years by glacier id, time between images, rates, the quality filter.
+Does not belong here: sums over glaciers (``regional``), areas themselves (``areas``).
+Source: Diaconu et al. 2025, doi:10.1029/2025EA004197 (METHOD sections 9 and 11).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from dl4gam_assets.settings import ChangeSettings
+from dl4gam_assets.tables import TABLES
+
+#: Images closer together than this give no rate: the change is a small fraction of the error, divided by almost zero.
+MIN_YEARS = 0.5
+
+_EXCLUDED = ["glacier_id", "reason"]
+
+
+def decimal_year(dates: pd.Series) -> pd.Series:
+    """Calendar dates as decimal years: 1 January of Y is Y, and the same day of the next year is one more.
+
+    Leap years stretch over 366 days; a missing date is NaN.
+    """
+    times = pd.to_datetime(dates)
+    year = times.dt.year.astype("float64")
+    start = pd.to_datetime(year.map(lambda y: f"{int(y)}-01-01" if np.isfinite(y) else None))
+    length = 365.0 + times.dt.is_leap_year.fillna(False).astype("float64")
+    return year + (times - start).dt.total_seconds() / (86_400.0 * length)
+
+
+def area_changes(
+    baseline: pd.DataFrame, areas: pd.DataFrame, settings: ChangeSettings
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Rate of area change of every glacier measured in both years.
+
+    ``rate = (A1 - A0) / years`` with the time between the two images (settings.dates: decimal years, or whole years
+    as published), ``std = sqrt(s0^2 + s1^2) / |years|`` (errors independent in time), in percent of A0 without A0's
+    own error. Glaciers are matched by id, never by position. Years before the baseline are as good as years after it.
+
+    Parameters
+    ----------
+    baseline, areas : rows of the tables ``baseline_areas`` and ``areas`` (one year).
+
+    Returns
+    -------
+    changes : rows of the table ``changes``; empty where ``areas`` is the baseline year itself. ``flags`` names what
+        the quality filter objects to (``snr``, ``recall``; recall is that of the inventory year), ``ok`` is no flag.
+        ``snr`` is null where the deviation is zero.
+    excluded : (glacier_id, reason) of glaciers without a rate: ``no_baseline``, ``not_measured`` (in this year),
+        ``same_date`` (one image, or one whole year, served both) or ``short_time`` (less than half a year between).
+
+    Raises
+    ------
+    ValueError
+        if a glacier occurs twice, or either frame holds more than one year.
+    """
+    for name, frame in (("baseline", baseline), ("areas", areas)):
+        twice = frame.loc[frame["glacier_id"].duplicated(), "glacier_id"].astype(str).tolist()
+        if twice:
+            raise ValueError(f"{name}: glaciers occur twice: {', '.join(twice[:3])}")
+        if frame["year"].nunique() > 1:
+            raise ValueError(f"{name}: holds several years {sorted(frame['year'].unique())}")
+    empty = TABLES["changes"].empty(), pd.DataFrame(columns=_EXCLUDED, dtype="string")
+    if len(areas) and len(baseline) and areas["year"].iloc[0] == baseline["year"].iloc[0]:
+        return empty
+
+    keep = ["glacier_id", "year", "image_date", "area_km2", "std_km2"]
+    both = areas[keep].merge(
+        baseline[[*keep, "recall"]], on="glacier_id", suffixes=("", "_0"), how="outer", validate="one_to_one"
+    )
+    both["glacier_id"] = both["glacier_id"].astype(str)
+    both = both.sort_values("glacier_id", ignore_index=True)
+    reason = pd.Series("", index=both.index)
+    reason[both["year_0"].isna()] = "no_baseline"
+    reason[both["year"].isna()] = "not_measured"
+    if settings.dates == "whole_years":
+        first, second = (pd.to_datetime(both[c]).dt.year.astype("float64") for c in ("image_date_0", "image_date"))
+    else:
+        first, second = decimal_year(both["image_date_0"]), decimal_year(both["image_date"])
+    years = second - first
+    reason[(reason == "") & (years == 0)] = "same_date"
+    reason[(reason == "") & ~(years.abs() >= MIN_YEARS)] = "short_time"
+    excluded = pd.DataFrame({"glacier_id": both["glacier_id"], "reason": reason})[reason != ""].astype("string")
+    kept = both[reason == ""].copy()
+    if kept.empty:
+        return empty[0], excluded.reset_index(drop=True)
+
+    t = years[kept.index].to_numpy()
+    a0, a1, s0, s1 = (kept[c].to_numpy(dtype=float) for c in ("area_km2_0", "area_km2", "std_km2_0", "std_km2"))
+    recall = kept["recall"].to_numpy(dtype=float)
+    rate = (a1 - a0) / t
+    std = np.hypot(s0, s1) / np.abs(t)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        snr = np.where(std > 0, np.abs(rate) / std, np.nan)
+        percent = np.where(a0 > 0, 100.0 / a0, np.nan)
+    weak = np.where(std > 0, ~(snr >= settings.snr_min), rate == 0)
+    missed = ~(recall >= settings.recall_min)
+    changes = pd.DataFrame(
+        {
+            "glacier_id": kept["glacier_id"].to_numpy(),
+            "year": kept["year"].to_numpy(),
+            "baseline_year": kept["year_0"].to_numpy(),
+            "baseline_date": kept["image_date_0"].to_numpy(),
+            "image_date": kept["image_date"].to_numpy(),
+            "years": t,
+            "baseline_area_km2": a0,
+            "baseline_std_km2": s0,
+            "area_km2": a1,
+            "std_km2": s1,
+            "rate_km2_per_year": rate,
+            "rate_std_km2_per_year": std,
+            "rate_pct_per_year": rate * percent,
+            "rate_std_pct_per_year": std * percent,
+            "snr": snr,
+            "recall": recall,
+            "ok": ~(weak | missed),
+            "flags": [",".join(n for n, bad in (("snr", w), ("recall", m)) if bad) for w, m in zip(weak, missed)],
+        }
+    )
+    return TABLES["changes"].conform(changes), excluded.reset_index(drop=True)

@@ -1,0 +1,343 @@
+"""The command ``dl4gam``: demo, materialize, query, explain, status, regions, ui.
+
+Belongs here: words, options and output of the command line.
+Does not belong here: work. Each command calls one function of another module; Dagster is imported only by the commands
+that need it, so that ``dl4gam query`` answers at once.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.tree import Tree
+
+from dl4gam_assets import __version__
+from dl4gam_assets.settings import Region, SettingsError, load_region, packaged_regions
+from dl4gam_assets.storage import Storage
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="""Glacier area change, glacier by glacier, with an honest uncertainty.
+
+A **region** is one YAML file (packaged, or your own). Its results live below `DL4GAM_HOME` (default: `./dl4gam_home`).
+
+Start with `dl4gam demo`, then `dl4gam ui` for the graph, `dl4gam query "select * from regional_changes"` for numbers,
+and `dl4gam explain GLACIER --year 2023` for where a number comes from.""",
+)
+console = Console()
+errors = Console(stderr=True)
+
+
+class Output(enum.StrEnum):
+    table = "table"
+    csv = "csv"
+    json = "json"
+    parquet = "parquet"
+
+
+RegionOption = Annotated[
+    str, typer.Option("--region", "-r", envvar="DL4GAM_REGION", help="Packaged region or path of a YAML file.")
+]
+HomeOption = Annotated[
+    str | None, typer.Option("--home", envvar="DL4GAM_HOME", help="Root of all results: a folder or object-store URL.")
+]
+
+
+def _stop(message: str) -> typer.Exit:
+    errors.print(f"[bold red]error:[/] {message}", highlight=False, markup=True, soft_wrap=True)
+    return typer.Exit(1)
+
+
+def _open(region: str, home: str | None) -> tuple[Region, Storage]:
+    from upath import UPath
+
+    try:
+        settings = load_region(region)
+    except SettingsError as error:
+        raise _stop(_escape(str(error))) from error
+    root = home or str(Path("dl4gam_home").absolute())
+    return settings, Storage(UPath(root) / settings.name)
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+@app.callback(invoke_without_command=True)
+def main(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        console.print(__version__, highlight=False)
+        raise typer.Exit
+
+
+@app.command()
+def regions() -> None:
+    """List the packaged regions."""
+    table = RichTable("region", "title", "years", "folds x members", "imagery")
+    for name in packaged_regions():
+        region = load_region(name)
+        years = f"{region.years.first} to {region.years.last or 'now'}"
+        table.add_row(
+            name, region.title, years, f"{region.folds.n} x {region.training.members}", region.imagery.sensor.name
+        )
+    console.print(table)
+    console.print("Your own region: copy one of them, edit it, and pass its path with --region.", highlight=False)
+
+
+@app.command()
+def materialize(
+    region: RegionOption = "demo",
+    home: HomeOption = None,
+    year: Annotated[list[int] | None, typer.Option(help="Year to bring up to date; repeat for several. All by default.")] = None,
+    fold: Annotated[list[int] | None, typer.Option(help="Fold (1..n); repeat for several. All by default.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Only these assets; repeat for several.")] = None,
+) -> None:
+    """Bring a region's results up to date. What has not changed is left alone; what was interrupted goes on."""
+    settings, storage = _open(region, home)
+    _check_choice("year", year, settings.years.all())
+    _check_choice("fold", fold, range(1, settings.folds.n + 1))
+    outcome = _run(region, settings, storage, home, year, fold, only)
+    _print_timings(outcome)
+    if outcome.failed:
+        raise _failed(outcome)
+
+
+def _check_choice(what: str, given: list[int] | None, valid: Any) -> None:
+    wrong = sorted(set(given or []) - set(valid))
+    if wrong:
+        raise _stop(f"--{what} {wrong[0]} is not one of {min(valid)} to {max(valid)}")
+
+
+def _run(
+    name: str, settings: Region, storage: Storage, home: str | None, years: Any = None, folds: Any = None, only: Any = None
+) -> Any:
+    os.environ["DL4GAM_REGION"] = name
+    if home:
+        os.environ["DL4GAM_HOME"] = home
+    from dl4gam_assets.compute import close_clusters
+    from dl4gam_assets.definitions import build_defs
+    from dl4gam_assets.orchestrate import materialize as run
+
+    try:
+        return run(
+            build_defs(settings), settings, storage, years=years, folds=folds, only=only,
+            say=lambda text: console.print(text, highlight=False),
+        )  # fmt: skip
+    finally:
+        close_clusters()
+
+
+def _failed(outcome: Any) -> typer.Exit:
+    lines = "\n".join(f"  {_escape(text)}" for text in outcome.failed)
+    return _stop(f"{len(outcome.failed)} steps failed; everything else was made and is kept:\n{lines}")
+
+
+def _print_timings(outcome: Any) -> None:
+    table = RichTable("assets", "partitions", "seconds", "of it Dagster")
+    for t in outcome.timings:
+        table.add_row(", ".join(t.assets), str(t.partitions), f"{t.seconds:.1f}", f"{t.overhead_s:.1f}")
+    table.add_row("total", str(sum(t.partitions for t in outcome.timings)), f"{outcome.seconds:.1f}", f"{outcome.overhead_s:.1f}")
+    console.print(table)
+
+
+@app.command()
+def demo(home: HomeOption = None) -> None:
+    """Materialize the whole graph on the simulated demo region and judge it against the known truth."""
+    settings, storage = _open("demo", home)
+    start = time.perf_counter()
+    outcome = _run("demo", settings, storage, home)
+    _print_timings(outcome)
+    if outcome.failed:
+        raise _failed(outcome)
+    _judge(settings, storage)
+    console.print(f"\nDone in {time.perf_counter() - start:.0f} s. Results: {storage.root}\n", highlight=False)
+    console.print(
+        "What next:\n"
+        "  make ui                                            the asset graph in your browser\n"
+        '  dl4gam query "select * from largest_losses"        SQL on the results\n'
+        f"  dl4gam explain {_example(storage)} --year {settings.years.last}          where a number comes from\n"
+        f"  {storage.root}/reports/{settings.years.last}.html  the year's report\n"
+        "  (the commands need this environment: source .venv/bin/activate)",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _example(storage: Storage) -> str:
+    areas = storage.read_table("baseline_areas")
+    return str(areas.nlargest(1, "area_km2")["glacier_id"].iloc[0]) if len(areas) else "GLACIER"
+
+
+def _judge(settings: Region, storage: Storage) -> None:
+    """Estimates beside the truth, which nothing but this comparison reads."""
+    import pandas as pd
+
+    from dl4gam_assets.change import compare_with_truth
+
+    truth = pd.read_parquet(Path(str(storage.inputs())) / "truth" / "areas.parquet")
+    found = compare_with_truth(
+        storage.read_table("areas"), storage.read_table("regional_changes"), truth, settings.years.baseline
+    )
+    table = RichTable("the demo against its known truth", "estimate", "truth")
+    for row in found.lines():
+        table.add_row(*row)
+    console.print(table)
+
+
+@app.command()
+def query(
+    sql: Annotated[str, typer.Argument(help="SQL on results.duckdb, for example: select * from regional_changes")],
+    region: RegionOption = "demo",
+    home: HomeOption = None,
+    output: Annotated[Output, typer.Option("--output", "-o", help="Form of the answer.")] = Output.table,
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="Write here (needed for parquet).")] = None,
+) -> None:
+    """Ask the results with SQL (read-only). `show tables` lists the tables, `describe areas` a table's columns."""
+    from dl4gam_assets.publication import query_database
+
+    _, storage = _open(region, home)
+    path = storage.path("results.duckdb")
+    if not path.exists():
+        raise _stop(f"there is no {path}: run `dl4gam materialize --region {region}` first")
+    try:
+        with storage.reading(path) as local:
+            frame = query_database(local, sql)
+    except Exception as error:
+        raise _stop(_escape(str(error))) from error
+    if output is Output.parquet:
+        if file is None:
+            raise _stop("--output parquet needs --file")
+        frame.to_parquet(file, index=False)
+    elif output is Output.csv:
+        _emit(frame.to_csv(index=False), file)
+    elif output is Output.json:
+        _emit(frame.to_json(orient="records", date_format="iso", indent=1) + "\n", file)
+    elif file is not None:
+        _emit(frame.to_string(index=False) + "\n", file)
+    else:
+        table = RichTable(*[str(c) for c in frame.columns])
+        for row in frame.head(200).itertuples(index=False):
+            table.add_row(*[_cell(v) for v in row])
+        wide = Console(width=max(console.width, 40 + 16 * len(frame.columns))) if not sys.stdout.isatty() else console
+        wide.print(table)
+        if len(frame) > 200:
+            console.print(f"200 of {len(frame)} rows; use --output csv for all", highlight=False)
+
+
+def _cell(value: Any) -> str:
+    import pandas as pd
+
+    if value is None or (not isinstance(value, list | dict) and pd.isna(value)):
+        return ""
+    if isinstance(value, pd.Timestamp):
+        return value.strftime("%Y-%m-%d" if value == value.normalize() else "%Y-%m-%d %H:%M")
+    return _escape(f"{value:.5g}" if isinstance(value, float) else str(value))
+
+
+def _emit(text: str, file: Path | None) -> None:
+    if file is None:
+        sys.stdout.write(text)
+    else:
+        file.write_text(text, encoding="utf-8")
+
+
+@app.command()
+def explain(
+    glacier: Annotated[str, typer.Argument(help="Glacier id as in the inventory.")],
+    year: Annotated[int, typer.Option(help="Year of the estimate.")],
+    region: RegionOption = "demo",
+    home: HomeOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """Tell where an estimate comes from: image, cube, models, calibration, settings, code, runs."""
+    from dl4gam_assets.lineage import LineageError
+    from dl4gam_assets.lineage import explain as trace
+
+    settings, storage = _open(region, home)
+    try:
+        story = trace(storage, settings, glacier, year)
+    except LineageError as error:
+        raise _stop(_escape(str(error))) from error
+    if as_json:
+        sys.stdout.write(story.model_dump_json(indent=1) + "\n")
+        return
+    lines = story.lines()
+    tree = Tree(_escape(lines[0][1]), highlight=False)
+    branches = {0: tree}
+    for depth, text in lines[1:]:
+        branches[depth] = branches[depth - 1].add(_escape(text))
+    console.print(tree, soft_wrap=False)
+
+
+@app.command()
+def status(region: RegionOption = "demo", home: HomeOption = None) -> None:
+    """Say what is there: partitions of each asset, estimates by year, failures."""
+    settings, storage = _open(region, home)
+    folder = storage.path("state")
+    if not folder.exists():
+        raise _stop(f"nothing is materialized in {storage.root}: run `dl4gam materialize --region {region}`")
+    table = RichTable("asset", "partitions", "last made (UTC)", "by code")
+    for asset in sorted(folder.iterdir(), key=str):
+        states = [s for s in (storage.read_json(f) for f in asset.glob("*.json")) if s]
+        if states:
+            last = max(states, key=lambda s: s["time"])
+            table.add_row(asset.name, str(len(states)), last["time"][:16].replace("T", " "), last["code_version"])
+    console.print(table)
+    areas = storage.read_table("areas")
+    failures = storage.read_table("failures")
+    modelled = int(storage.read_table("glaciers")["modelled"].sum())
+    by_year = RichTable("year", "estimates", "of glaciers", "area km2", "failures")
+    for year in settings.years.all():
+        mine = areas[areas["year"] == year]
+        failed = int(failures["partition"].str.startswith(str(year)).sum())
+        by_year.add_row(str(year), str(len(mine)), str(modelled), f"{mine['area_km2'].sum():.2f}", str(failed))
+    console.print(by_year)
+    if len(failures):
+        worst = failures.groupby(["stage", "error"]).size().nlargest(8)
+        shown = RichTable("stage", "glaciers", "what happened")
+        for (stage, error), n in worst.items():  # type: ignore[misc]
+            shown.add_row(str(stage), str(n), _escape(str(error)))
+        console.print(shown)
+
+
+@app.command()
+def ui(
+    region: RegionOption = "demo",
+    home: HomeOption = None,
+    port: Annotated[int, typer.Option(help="Port on this machine (loopback only).")] = 3000,
+) -> None:
+    """Open Dagster's UI on this machine with the region's store (http://127.0.0.1:3000)."""
+    from dl4gam_assets.orchestrate import dagster_home
+
+    _, storage = _open(region, home)
+    environment = os.environ | {
+        "DAGSTER_HOME": str(dagster_home(storage)),
+        "DL4GAM_REGION": region,
+        "DL4GAM_HOME": str(storage.root.parent),
+    }
+    command = [
+        sys.executable, "-m", "dagster", "dev", "-m", "dl4gam_assets.definitions", "-h", "127.0.0.1", "-p", str(port),
+    ]  # fmt: skip
+    console.print(f"http://127.0.0.1:{port}  (stop with Ctrl-C)", highlight=False)
+    os.execve(sys.executable, command, environment)  # noqa: S606
+
+
+@app.command()
+def settings(region: RegionOption = "demo") -> None:
+    """Print a region's settings in full, defaults included, as JSON."""
+    loaded, _ = _open(region, None)
+    sys.stdout.write(json.dumps(loaded.model_dump(mode="json"), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,78 @@
+"""build_defs() and defs: the only place where everything meets.
+
+Belongs here: joining assets, checks, jobs, schedules and resources of one region into Dagster Definitions.
+Does not belong here: any of them. A test or a notebook calls :func:`build_defs` with other resources instead of
+patching.
+"""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import dagster as dg
+
+# Only Dagster's own notices about parts of its API in beta, and only by category: mappings across dimensions and
+# backfill policies are such parts.
+warnings.filterwarnings("ignore", category=dg.BetaWarning)
+warnings.filterwarnings("ignore", category=dg.PreviewWarning)
+
+from dl4gam_assets.assets import (  # noqa: E402
+    areas,
+    change,
+    cubes,
+    imagery,
+    inventory,
+    predictions,
+    publication,
+    terrain,
+    training,
+)
+from dl4gam_assets.automation import build_jobs, build_schedules, build_sensors, with_conditions  # noqa: E402
+from dl4gam_assets.checks import build_checks  # noqa: E402
+from dl4gam_assets.partitions import Partitions  # noqa: E402
+from dl4gam_assets.resources import default_workspace, region_name  # noqa: E402
+from dl4gam_assets.settings import Region, load_region  # noqa: E402
+
+_GROUPS = (inventory, imagery, terrain, cubes, training, predictions, areas, change, publication)
+
+
+def build_assets(region: Region) -> list[dg.AssetsDefinition]:
+    """All assets of a region, in the order of the science."""
+    partitions = Partitions(region)
+    return with_conditions([asset for group in _GROUPS for asset in group.build(partitions)])
+
+
+def build_defs(
+    region: Region | str | None = None, resource_overrides: Mapping[str, Any] | None = None
+) -> dg.Definitions:
+    """Definitions of a region.
+
+    Parameters
+    ----------
+    region
+        settings, a packaged name or a path; the environment's (DL4GAM_REGION) when None.
+    resource_overrides
+        resources that replace the default ones by name (``workspace``).
+
+    Raises
+    ------
+    SettingsError
+        if the region can not be read.
+    """
+    settings = region if isinstance(region, Region) else load_region(region or region_name())
+    partitions = Partitions(settings)
+    small = settings.compute.partitions_per_run > 1
+    return dg.Definitions(
+        assets=build_assets(settings),
+        asset_checks=build_checks(settings),
+        jobs=build_jobs(partitions),
+        schedules=build_schedules(partitions),
+        sensors=build_sensors(),
+        resources={"workspace": default_workspace(), **(resource_overrides or {})},
+        # Small regions would spend their time on starting a process for each step.
+        executor=dg.in_process_executor if small else dg.multiprocess_executor,
+        metadata={"region": settings.name, "region_title": settings.title},
+    )
+
+
+defs = build_defs()

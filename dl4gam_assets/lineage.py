@@ -1,0 +1,222 @@
+"""Where a number comes from: the typed provenance record of an estimate, and explain().
+
+Belongs here: the record that the stage of areas writes for each glacier and year, and reading it back as a story.
+Does not belong here: Dagster, and any computation of estimates.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+from typing import Any
+
+import pandas as pd
+from pydantic import BaseModel, ConfigDict
+
+from dl4gam_assets.settings import Region
+from dl4gam_assets.storage import Storage
+
+
+class LineageError(LookupError):
+    """There is no such estimate. The message says what there is, or why it failed."""
+
+
+class Provenance(BaseModel):
+    """What one estimate (glacier and year) was made from; one row of the table ``lineage``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    glacier_id: str
+    year: int
+    fold: int
+    scene_ids: str
+    image_date: dt.datetime
+    checksums: str | None
+    cube_fingerprint: str
+    dem_source: str | None
+    dhdt_source: str | None
+    member_sha256: str
+    calibration_fingerprint: str
+    prediction_fingerprint: str
+    settings_fingerprint: str
+    code_version: str
+    run_ids: str | None
+    time: dt.datetime
+
+
+class Explanation(BaseModel):
+    """The tree from an estimate to its pixels; every entry is data, :meth:`lines` tells it in words."""
+
+    glacier: dict[str, Any]
+    estimate: dict[str, Any]
+    change: dict[str, Any] | None
+    image: dict[str, Any]
+    runners_up: list[dict[str, Any]]
+    cube: dict[str, Any]
+    model: dict[str, Any]
+    calibration: dict[str, Any]
+    quality: list[dict[str, Any]]
+    provenance: Provenance
+    notes: list[str]
+
+    def lines(self) -> list[tuple[int, str]]:
+        """The story as (depth, sentence), from the number to the pixels."""
+        g, e, i, c, m, k = self.glacier, self.estimate, self.image, self.cube, self.model, self.calibration
+        name = f" ({g['name']})" if g.get("name") else ""
+        out: list[tuple[int, str]] = [
+            (0, f"{g['glacier_id']}{name}, {e['year']}: {e['area_km2']:.4f} km2, "
+                f"interval {e['lower_km2']:.4f} to {e['upper_km2']:.4f} km2 (std {e['std_km2']:.4f})"),
+            (1, f"inventory outline: {g['inventory_area_km2']:.4f} km2 of {_day(g['inventory_date'])}; "
+                f"recall {_number(e['recall'])}, false positives 20 to 50 m outside {_number(e['false_positive_rate'])}"),
+        ]  # fmt: skip
+        if self.change:
+            h = self.change
+            out.append((1, f"change since {_day(h['baseline_date'])}: {h['rate_km2_per_year']:+.5f} +/- "
+                           f"{h['rate_std_km2_per_year']:.5f} km2/yr ({_number(h['rate_pct_per_year'], '+.2f')} +/- "
+                           f"{_number(h['rate_std_pct_per_year'], '.2f')} %/yr over {h['years']:.2f} years); "
+                           f"{'passes the quality filter' if h['ok'] else 'flagged: ' + str(h['flags'])}"))  # fmt: skip
+        out += [
+            (1, f"image of {_day(i['date'])}: {i['scene_ids']}"),
+            (2, f"{i['reason']}"),
+            (2, f"coverage {_number(i['coverage'])}, cloud {_number(i['cloud_share'])}, NDSI of the surroundings "
+                f"{_number(i['ndsi'])} ({i['ndsi_pixels']} pixels), albedo {_number(i['albedo'])}"),
+        ]  # fmt: skip
+        out += [(2, f"runner-up {_day(r['date'])}: {r['reason']}") for r in self.runners_up[:5]]
+        out += [
+            (1, f"glacier cube {c['fingerprint']}: {c['height_px']} x {c['width_px']} pixels, EPSG:{c['utm_epsg']}, "
+                f"{100 * (c['not_ok_share'] or 0):.1f}% unusable pixels near the glacier"),
+            (2, f"elevation: {self.provenance.dem_source or 'none'}"),
+            (2, f"elevation change: {self.provenance.dhdt_source or 'none'}"),
+            (1, f"ensemble of fold_{e['fold']}, which never saw this glacier: {len(m['members'])} members"),
+        ]  # fmt: skip
+        out += [
+            (2, f"member {r['member']}: weights {str(r['sha256'])[:12]}, epoch {r['best_epoch']}, "
+                f"validation IoU {_number(r['validation_iou'])}, temperature {_number(r.get('temperature'))}")
+            for r in m["members"]
+        ]  # fmt: skip
+        out.append(
+            (1, f"interval: tau {_number(e['tau'])} by {k['method']} on {k['n_glaciers']} validation glaciers; "
+                f"calibration error {_number(k['ece_before'])} before, {_number(k['ece_after'])} after")
+        )  # fmt: skip
+        for q in self.quality:
+            out.append((1, f"held-out {q['method']} here, {q['scope']}: IoU {_number(q['iou'])}, precision "
+                           f"{_number(q['precision'])}, recall {_number(q['recall'])}"))  # fmt: skip
+        p = self.provenance
+        out += [
+            (1, f"made {p.time:%Y-%m-%d %H:%M} UTC by dl4gam_assets {p.code_version}, settings {p.settings_fingerprint}"),
+        ]
+        runs = json.loads(p.run_ids or "{}")
+        out += [(2, f"{asset}: Dagster run {run}") for asset, run in runs.items() if run]
+        out += [(1, note) for note in self.notes]
+        return out
+
+
+def explain(storage: Storage, region: Region, glacier_id: str, year: int) -> Explanation:
+    """Trace one estimate back to its image, models and inputs.
+
+    Raises
+    ------
+    LineageError
+        if there is no such estimate; the message names near ids, the years there are, or the failure.
+    """
+    glaciers = storage.read_table("glaciers")
+    if not len(glaciers):
+        raise LineageError(f"region {region.name!r} has no results yet: run `dl4gam materialize` first")
+    chosen = glaciers[glaciers["glacier_id"] == glacier_id]
+    if not len(chosen):
+        import difflib
+
+        near = difflib.get_close_matches(glacier_id, glaciers["glacier_id"].tolist(), n=3, cutoff=0.4)
+        example = near or glaciers.nlargest(3, "inventory_area_km2")["glacier_id"].tolist()
+        raise LineageError(f"no glacier {glacier_id!r} in region {region.name!r}; for example: {', '.join(example)}")
+    lineage = storage.read_table("lineage")
+    rows = lineage[lineage["glacier_id"] == glacier_id]
+    row = rows[rows["year"] == year]
+    if not len(row):
+        raise LineageError(_why_not(storage, glacier_id, year, chosen.iloc[0], rows["year"].tolist()))
+    provenance = Provenance.model_validate(_plain(row.iloc[0]))
+    fold = provenance.fold
+
+    estimate = _one(storage.read_table("areas", year=year, fold=fold), glacier_id)
+    scenes = storage.read_table("scenes", year=year)
+    scenes = scenes[scenes["glacier_id"] == glacier_id].sort_values(["rank", "date"])
+    used = scenes[scenes["scene_ids"] == provenance.scene_ids]
+    used = used if len(used) else scenes[scenes["selected"].astype(bool)]
+    notes = [region.evaluation.note] if region.evaluation.note else []
+    if region.simulation is not None:
+        notes.append("the imagery of this region is simulated")
+    cube = _one(storage.read_table("cubes", year=year), glacier_id)
+    if cube["fingerprint"] != provenance.cube_fingerprint:
+        notes.append("STALE: the cube was rebuilt after this estimate was made; materialize glacier_predictions again")
+    changes = storage.read_table("changes", year=year)
+    changes = changes[changes["glacier_id"] == glacier_id]
+    members = storage.read_table("members", fold=fold)
+    calibration = storage.read_table("calibration", fold=fold)
+    joined = members.merge(calibration[["member", "temperature"]], on="member", how="left").sort_values("member")
+    if set(provenance.member_sha256.split(",")) != set(members["sha256"]):
+        notes.append("STALE: the ensemble was trained again after this estimate; materialize glacier_predictions again")
+    quality = storage.read_table("evaluation", fold=fold)
+    quality = quality[(quality["glacier_id"] == glacier_id) & (quality["role"] == "test")]
+    first = _plain(calibration.iloc[0]) if len(calibration) else {}
+    return Explanation(
+        glacier=_plain(chosen.drop(columns="geometry").iloc[0]),
+        estimate=estimate,
+        change=_plain(changes.iloc[0]) if len(changes) else None,
+        image=_plain(used.iloc[0]),
+        runners_up=[_plain(r) for _, r in scenes[~scenes["selected"].astype(bool)].iterrows()],
+        cube=cube,
+        model={"members": [_plain(r) for _, r in joined.iterrows()]},
+        calibration={k: first.get(k) for k in ("method", "n_glaciers", "ece_before", "ece_after", "validation_coverage")},
+        quality=[_plain(r) for _, r in quality.iterrows()],
+        provenance=provenance,
+        notes=notes,
+    )
+
+
+def _why_not(storage: Storage, glacier_id: str, year: int, glacier: pd.Series, years: list[int]) -> str:
+    failures = storage.read_table("failures")
+    mine = failures[
+        (failures["glacier_id"] == glacier_id) & failures["partition"].str.split(".").str[0].isin([str(year), "all"])
+    ]
+    text = f"no estimate for {glacier_id} in {year}"
+    if len(mine):
+        text += ": " + "; ".join(f"{r.stage} failed: {r.error}" for r in mine.itertuples())
+    elif not bool(glacier["modelled"]):
+        text += (
+            f": its {float(glacier['inventory_area_km2']):.3f} km2 are below min_area_km2, so it is only part of the "
+            "regional extrapolation"
+        )
+    if years:
+        text += f". There are estimates for {', '.join(str(y) for y in sorted(years))}"
+    elif not len(mine):
+        text += f". Run `dl4gam materialize --year {year}` first"
+    return text
+
+
+def _one(frame: pd.DataFrame, glacier_id: str) -> dict[str, Any]:
+    rows = frame[frame["glacier_id"] == glacier_id]
+    if not len(rows):
+        raise LineageError(f"the results of {glacier_id} are incomplete: a table lost its row; materialize again")
+    return _plain(rows.iloc[0])
+
+
+def _plain(row: pd.Series) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in row.items():
+        if value is None or (not isinstance(value, str) and pd.isna(value)):
+            out[str(key)] = None
+        elif isinstance(value, pd.Timestamp):
+            out[str(key)] = value.to_pydatetime()
+        elif hasattr(value, "item"):
+            out[str(key)] = value.item()
+        else:
+            out[str(key)] = value
+    return out
+
+
+def _day(value: Any) -> str:
+    return "an unknown date" if value is None else f"{value:%Y-%m-%d}"
+
+
+def _number(value: Any, form: str = ".3f") -> str:
+    return "unknown" if value is None else format(float(value), form)

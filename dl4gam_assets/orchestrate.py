@@ -1,0 +1,236 @@
+"""Materialize many partitions with few runs: what the command line does with Dagster.
+
+Belongs here: which partitions are out of date, and running them, family by family, in this process as range runs.
+Does not belong here: work of the assets, words of the command line.
+
+A process for each of 10 years x 5 folds would spend its time on imports, so each family of partitions is one range run
+in this process; Dagster still records a materialization for every partition.
+"""
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+
+import dagster as dg
+from dagster._core.storage.tags import ASSET_PARTITION_RANGE_END_TAG, ASSET_PARTITION_RANGE_START_TAG
+
+from dl4gam_assets.partitions import Partitions
+from dl4gam_assets.settings import Region
+from dl4gam_assets.storage import Storage
+
+#: Families in the order of the graph: (partition family, assets that share one run).
+FAMILIES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("none", ("simulated_inputs",)),
+    ("none", ("inventory_outlines", "debris_outlines", "glacier_zones", "cross_validation_folds", "elevation")),
+    ("year", ("scene_candidates", "selected_scenes", "elevation_change", "glacier_cubes")),
+    ("fold", ("normalization", "band_ratio_baseline")),
+    ("fold_member", ("ensemble_member",)),
+    ("fold", ("ensemble", "calibration")),
+    ("year_fold", ("glacier_predictions",)),
+    ("fold", ("interval_taus", "evaluation")),
+    ("year_fold", ("glacier_areas",)),
+    ("none", ("baseline_areas",)),
+    ("year", ("glacier_outlines", "area_change", "regional_change")),
+    ("none", ("results_database",)),
+    ("year", ("report", "stac_catalog")),
+)
+
+
+@dataclass
+class Timing:
+    """Seconds of one family: in all, and of the stages themselves; the rest is orchestration."""
+
+    family: str
+    assets: tuple[str, ...]
+    partitions: int
+    seconds: float
+    stage_seconds: float
+
+    @property
+    def overhead_s(self) -> float:
+        return max(self.seconds - self.stage_seconds, 0.0)
+
+
+@dataclass
+class Outcome:
+    timings: list[Timing] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        return sum(t.seconds for t in self.timings)
+
+    @property
+    def overhead_s(self) -> float:
+        return sum(t.overhead_s for t in self.timings)
+
+
+def dagster_home(storage: Storage) -> Path:
+    """Folder of the Dagster instance beside the results, with the shipped dagster.yaml if it has none.
+
+    For an object store it is a folder of this machine: set DAGSTER_HOME to choose it.
+    """
+    configured = os.environ.get("DAGSTER_HOME")
+    if configured:
+        folder = Path(configured)
+    elif storage.is_local:
+        folder = Path(str(storage.path("dagster")))
+    else:
+        folder = Path.home() / ".dl4gam" / storage.root.name / "dagster"
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = folder / "dagster.yaml"
+    if not settings.exists():
+        shipped = (resources.files("dl4gam_assets") / "dagster.yaml").read_text(encoding="utf-8")
+        with Storage(folder).writing(settings) as temporary:  # type: ignore[arg-type]
+            temporary.write_text(shipped, encoding="utf-8")
+    return folder
+
+
+@contextlib.contextmanager
+def instance(storage: Storage) -> Iterator[dg.DagsterInstance]:
+    """The Dagster instance beside the results."""
+    folder = dagster_home(storage)
+    os.environ["DAGSTER_HOME"] = str(folder)
+    with dg.DagsterInstance.get() as opened:
+        yield opened
+
+
+def materialize(
+    definitions: dg.Definitions,
+    region: Region,
+    storage: Storage,
+    *,
+    years: Sequence[int] | None = None,
+    folds: Sequence[int] | None = None,
+    only: Sequence[str] | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Outcome:
+    """Bring the graph up to date for the given years and folds (all by default).
+
+    Each family of partitions is one range run per contiguous range; stages skip partitions whose inputs are unchanged.
+    The baseline year is always taken along, because every change needs it. Assets after a failed partition go on with
+    what is there; the failures are returned.
+    """
+    partitions = Partitions(region)
+    wanted_years = sorted({*(years if years is not None else region.years.all()), region.years.baseline})
+    wanted_folds = list(folds) if folds is not None else list(range(1, region.folds.n + 1))
+    known = {key.to_user_string() for key in definitions.resolve_asset_graph().get_all_asset_keys()}
+    outcome = Outcome()
+    logging.getLogger("dagster").setLevel(logging.ERROR)
+    with instance(storage) as opened:
+        for family, assets in FAMILIES:
+            names = tuple(a for a in assets if a in known and (only is None or a in only))
+            if not names:
+                continue
+            say(f"{', '.join(names)}")
+            ranges = _ranges(partitions, family, wanted_years, wanted_folds)
+            start = time.perf_counter()
+            before = time.time()
+            count = 0
+            for key_range in ranges:
+                job = definitions.resolve_implicit_global_asset_job_def().get_subset(
+                    asset_selection={dg.AssetKey(name) for name in names}
+                )
+                tags = {} if key_range is None else {
+                    ASSET_PARTITION_RANGE_START_TAG: key_range[0], ASSET_PARTITION_RANGE_END_TAG: key_range[1],
+                }  # fmt: skip
+                result = job.execute_in_process(instance=opened, tags=tags, raise_on_error=False)
+                count += 1 if key_range is None else len(_definition(partitions, family).get_partition_keys_in_range(
+                    dg.PartitionKeyRange(*key_range)
+                ))  # fmt: skip
+                if not result.success:
+                    outcome.failed += _failures(result)
+            seconds = time.perf_counter() - start
+            outcome.timings.append(
+                Timing(family, names, count * len(names), seconds, _stage_seconds(storage, names, before))
+            )
+            say(f"  {count * len(names)} partitions in {seconds:.1f} s")
+    return outcome
+
+
+def _failures(result: dg.ExecuteInProcessResult) -> list[str]:
+    found = []
+    for event in result.all_events:
+        if event.is_step_failure:
+            data = event.step_failure_data
+            message = data.user_failure_data.description if data.user_failure_data else None
+            cause = data.error
+            while message is None and cause is not None and cause.cause is not None:
+                cause = cause.cause
+            text = message or (cause.message if cause else "failed")
+            found.append(f"{event.step_key}: {text.strip()}")
+        elif event.event_type_value == "ASSET_CHECK_EVALUATION":
+            check = event.asset_check_evaluation_data
+            if not check.passed and check.severity == dg.AssetCheckSeverity.ERROR:
+                what = check.metadata.get("what_to_do")
+                found.append(f"check {check.check_name} of {check.asset_key.to_user_string()} failed; {what.value if what else ''}")
+    return found or ["a run failed before its first step"]
+
+
+def _definition(partitions: Partitions, family: str) -> dg.PartitionsDefinition:
+    return {
+        "year": partitions.years, "fold": partitions.folds, "fold_member": partitions.fold_member,
+        "year_fold": partitions.year_fold,
+    }[family]  # fmt: skip
+
+
+def _ranges(
+    partitions: Partitions, family: str, years: Sequence[int], folds: Sequence[int]
+) -> list[tuple[str, str] | None]:
+    """Contiguous key ranges that cover the wanted partitions of a family; [None] for an unpartitioned one."""
+    if family == "none":
+        return [None]
+    fold_keys = [f"fold_{f}" for f in folds]
+    year_keys = [str(y) for y in years]
+    if family == "fold":
+        return list(_contiguous(partitions.folds.get_partition_keys(), fold_keys))
+    if family == "year":
+        return list(_contiguous(partitions.year_keys(), year_keys))
+    fold_ranges = list(_contiguous(partitions.folds.get_partition_keys(), fold_keys))
+    if family == "fold_member":
+        members = partitions.members.get_partition_keys()
+        return [
+            (_key(fold=a, member=members[0]), _key(fold=b, member=members[-1])) for a, b in fold_ranges
+        ]
+    return [
+        (_key(fold=a, year=c), _key(fold=b, year=d))
+        for a, b in fold_ranges
+        for c, d in _contiguous(partitions.year_keys(), year_keys)
+    ]
+
+
+def _key(**dimensions: str) -> str:
+    return str(dg.MultiPartitionKey(dimensions))
+
+
+def _contiguous(keys: Sequence[str], wanted: Sequence[str]) -> Iterator[tuple[str, str]]:
+    first: str | None = None
+    last = ""
+    for key in keys:
+        if key in set(wanted):
+            first = first or key
+            last = key
+        elif first is not None:
+            yield first, last
+            first = None
+    if first is not None:
+        yield first, last
+
+
+def _stage_seconds(storage: Storage, assets: Sequence[str], since: float) -> float:
+    import datetime as dt
+
+    total = 0.0
+    for asset in assets:
+        folder = storage.path("state", asset)
+        for file in folder.glob("*.json") if folder.exists() else []:
+            state = storage.read_json(file) or {}
+            made = dt.datetime.fromisoformat(state["time"]).replace(tzinfo=dt.UTC).timestamp()
+            if made >= since - 1:
+                total += float(state.get("seconds", 0.0))
+    return total

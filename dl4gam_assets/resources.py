@@ -1,0 +1,95 @@
+"""Resources: where a region's settings, store, processes and device come from.
+
+Belongs here: Dagster resources that return plain objects, which know nothing of Dagster.
+Does not belong here: any work.
+"""
+
+import os
+from pathlib import Path
+
+import dagster as dg
+from pydantic import Field
+from upath import UPath
+
+from dl4gam_assets.compute import Mapper
+from dl4gam_assets.settings import Region, load_region
+from dl4gam_assets.stages.base import Workspace
+from dl4gam_assets.storage import Storage
+
+#: Folder of all results where DL4GAM_HOME is not set.
+DEFAULT_HOME = "dl4gam_home"
+
+
+def home() -> str:
+    """Root of all stores: $DL4GAM_HOME (a folder or an object-store URL), or ``dl4gam_home`` below this folder."""
+    return os.environ.get("DL4GAM_HOME") or str(Path(DEFAULT_HOME).absolute())
+
+
+def region_name() -> str:
+    """The region of this process: $DL4GAM_REGION (a packaged name or a YAML path), or the demo."""
+    return os.environ.get("DL4GAM_REGION") or "demo"
+
+
+def store_of(region: Region, root: str | None = None) -> Storage:
+    return Storage(UPath(root or home()) / region.name)
+
+
+class RegionResource(dg.ConfigurableResource):
+    """Settings and store of a region."""
+
+    region: str = Field(description="Packaged region name, or path of a YAML file.")
+    home: str = Field(description="Root of all stores: a folder or an object-store URL.")
+
+    def settings(self) -> Region:
+        return load_region(self.region)
+
+    def storage(self) -> Storage:
+        return store_of(self.settings(), self.home)
+
+
+class ComputeResource(dg.ConfigurableResource):
+    """Processes for maps over glaciers."""
+
+    workers: int = Field(0, description="Processes of the embedded dask cluster; 0: the region's setting.")
+    scheduler: str = Field("", description="Address of a dask scheduler (tcp://host:8786); empty: embedded cluster.")
+
+    def mapper(self, region: Region) -> Mapper:
+        return Mapper(self.workers or region.compute.workers, self.scheduler or None)
+
+
+class DeviceResource(dg.ConfigurableResource):
+    """Device for training and inference."""
+
+    device: str = Field("", description="cpu, cuda, mps or auto; empty: the region's setting.")
+
+    def name(self, region: Region) -> str:
+        return self.device or region.compute.device
+
+
+class WorkspaceResource(dg.ConfigurableResource):
+    """What every asset takes: the region, its store, processes and device."""
+
+    region: RegionResource
+    compute: ComputeResource
+    device: DeviceResource
+
+    def open(self, context: dg.AssetExecutionContext) -> Workspace:
+        """The plain workspace of one run."""
+        settings = self.region.settings()
+        return Workspace(
+            region=settings,
+            storage=self.region.storage(),
+            mapper=self.compute.mapper(settings),
+            device=self.device.name(settings),
+            logger=context.log,
+            run_id=context.run_id,
+        )
+
+
+def default_workspace() -> WorkspaceResource:
+    """The workspace that the environment asks for: DL4GAM_REGION, DL4GAM_HOME, DL4GAM_DASK_SCHEDULER, DL4GAM_DEVICE."""
+    return WorkspaceResource(
+        region=RegionResource(region=region_name(), home=home()),
+        compute=ComputeResource(scheduler=os.environ.get("DL4GAM_DASK_SCHEDULER", "")),
+        device=DeviceResource(device=os.environ.get("DL4GAM_DEVICE", "")),
+    )

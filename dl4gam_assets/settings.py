@@ -1,0 +1,499 @@
+"""Region settings: everything that a user chooses, read from one YAML file and checked.
+
+Belongs here: the pydantic models of a region, reading and checking of the YAML (packaged ``regions/*.yaml`` or a
+path), and the fingerprint of settings that goes into the lineage of every result.
+Does not belong here: Dagster, file formats, any science. This module is the lowest room; all others may import it.
+
+Every default is the published DL4GAM constant (Diaconu et al. 2025, doi:10.1029/2025EA004197) unless its
+description says otherwise.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import difflib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+#: The 16 channels of the published models, in their order (METHOD section 3).
+PUBLISHED_CHANNELS: tuple[str, ...] = (
+    "red", "green", "blue", "nir", "swir16",
+    "ndvi", "ndwi", "ndsi",
+    "dem",
+    "slope", "sin_aspect", "cos_aspect", "planform_curvature", "profile_curvature", "terrain_ruggedness_index",
+    "dhdt",
+)  # fmt: skip
+
+INDEX_CHANNELS = frozenset({"ndvi", "ndwi", "ndsi"})
+TERRAIN_CHANNELS = frozenset(
+    {"slope", "sin_aspect", "cos_aspect", "planform_curvature", "profile_curvature", "terrain_ruggedness_index"}
+)
+
+
+class SettingsError(ValueError):
+    """A region file that can not be used. The message lists each key, the reason and the nearest valid key."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+# --------------------------------------------------------------------------------------------- inventory
+class InventoryColumns(_Strict):
+    """Names of the inventory file's columns; an absent one is filled as its description says."""
+
+    glacier_id: str = Field("glacier_id", description="Unique text id of the glacier. Required in the file.")
+    name: str | None = Field("name", description="Glacier name; empty where absent.")
+    country: str | None = Field("country", description="Country code for the totals; `default_country` where absent.")
+    date: str | None = Field(
+        "date", description="Acquisition date: ISO, or RGI's YYYYMMDD with 99 for unknown month or day, or a year."
+    )
+    area_km2: str | None = Field(None, description="Area as the inventory states it, kept beside the area we compute.")
+
+
+class DebrisSource(_Strict):
+    """One file of debris outlines, vector or raster. Several are merged."""
+
+    path: str = Field(description="Vector file, or raster of surface types, relative to the region's data_root.")
+    layer: str | None = None
+    raster_value: int | None = Field(None, description="For a raster: the pixel value that means debris-covered.")
+
+
+class InventorySettings(_Strict):
+    path: str = Field(description="Vector file of glacier outlines, relative to the region's data_root.")
+    layer: str | None = None
+    prepare: Literal["sgi2016"] | None = Field(
+        None,
+        description="sgi2016: `path` is the folder of the raw files of the Swiss Glacier Inventory 2016; the glaciers are "
+        "made from them (ice bodies cut at the divides) before reading.",
+    )
+    source: str = Field("", description="Citation of the inventory; goes into the lineage and the report.")
+    columns: InventoryColumns = InventoryColumns()
+    default_country: str = ""
+    default_date: dt.date | None = Field(None, description="Used for glaciers without a date.")
+    min_area_km2: float = Field(0.1, gt=0, description="Smaller glaciers are not modelled, only extrapolated to.")
+    model_within: list[str] = Field(
+        [],
+        description="Files (glob patterns below data_root) that show where imagery is: a raster's non-zero pixels or a "
+        "vector file's polygons. Glaciers elsewhere stay in the inventory but are not modelled. Empty: no restriction.",
+    )
+    model_within_share: float = Field(
+        0.9, gt=0, le=1, description="Share of the outline that must lie on valid ground of one file of model_within."
+    )
+    debris: list[DebrisSource] = []
+    buffers_m: list[int] = Field([-20, -10, 0, 10, 20, 50], description="Zones around the outline, metres.")
+
+    @model_validator(mode="after")
+    def _needed_buffers(self) -> InventorySettings:
+        missing = {0, 20, 50} - set(self.buffers_m)
+        if missing:
+            raise ValueError(f"buffers_m must contain 0, 20 and 50 m (areas and false-positive ring); missing {missing}")
+        return self
+
+
+# --------------------------------------------------------------------------------------------- imagery
+class StacFolder(_Strict):
+    """A static STAC catalog on disk."""
+
+    kind: Literal["stac-folder"] = "stac-folder"
+    path: str = Field(description="catalog.json, relative to the region's data_root.")
+
+
+class StacApi(_Strict):
+    """A STAC API, searched with pystac-client."""
+
+    kind: Literal["stac-api"] = "stac-api"
+    url: str
+    collections: list[str]
+    query: dict[str, Any] = {}
+
+
+class SceneFolder(_Strict):
+    """A folder of local multi-band scenes, one file a scene."""
+
+    kind: Literal["scene-folder"] = "scene-folder"
+    path: str = Field(".", description="Folder, relative to the region's data_root.")
+    pattern: str = Field(
+        description="Regular expression on the file's path below `path`, with a named group `date`, and optionally "
+        "`scene` (files that share it and the date are one scene) and `suffix` (a key of band_order).",
+    )
+    band_order: dict[str, list[str]] = Field(
+        description="For each value of the group `suffix` ('' where there is none): the file's band names, in order."
+    )
+    date_format: str = Field("%Y%m%d", description="strptime format of the group `date`.")
+    tag: str = Field("", description="A word about the scenes that travels into every lineage (e.g. 'simulated').")
+
+
+Catalog = Annotated[Union[StacFolder, StacApi, SceneFolder], Field(discriminator="kind")]
+
+
+class SensorSettings(_Strict):
+    """What the imagery measures and how digital numbers become reflectance."""
+
+    name: str = Field("sentinel-2-l2a", description="Label of the sensor and processing level.")
+    bands: dict[str, str] = Field(
+        {"blue": "blue", "green": "green", "red": "red", "nir": "nir", "swir16": "swir16"},
+        description="Our band name -> asset name in the catalog.",
+    )
+    scale: float | Literal["metadata"] = Field("metadata", description="DN to reflectance; 'metadata' reads the item.")
+    offset: float | Literal["metadata"] = "metadata"
+    nodata: float | None = Field(None, description="DN that means no data where the files do not say.")
+    pixel_m: float = Field(10.0, gt=0, description="Pixel size of the glacier cubes in metres.")
+    resampling: Literal["nearest", "bilinear", "cubic"] = "bilinear"
+    scene_classification: str | None = Field(None, description="Asset with the Sentinel-2 scene classification.")
+    cloud_classes: list[int] = Field([3, 8, 9, 10], description="Scene classes that count as cloud or cloud shadow.")
+    cloud_probability: str | None = Field(None, description="Asset with the cloud probability in percent.")
+    cloud_probability_min: float = Field(40.0, description="A pixel is cloudy at or above this probability (percent).")
+    saturated_at: float | None = Field(None, description="DN at which the sensor saturates; counted, not masked.")
+
+
+class BaselineDates(_Strict):
+    """How the baseline year's images are found."""
+
+    mode: Literal["inventory_date", "window"] = "inventory_date"
+    tolerance_days: int = Field(15, ge=0, description="Days around the inventory's own date that are searched.")
+    start: dt.date | None = Field(None, description="mode window: first day (may span several years).")
+    end: dt.date | None = None
+
+    @model_validator(mode="after")
+    def _window(self) -> BaselineDates:
+        if self.mode == "window" and (self.start is None or self.end is None or self.start > self.end):
+            raise ValueError("mode 'window' needs start and end, start not after end")
+        return self
+
+
+class SelectionSettings(_Strict):
+    """Thresholds and ranking of candidate scenes (METHOD section 2)."""
+
+    coverage_min: float = Field(0.9, ge=0, le=1)
+    coverage_geometry: Literal["region_of_interest", "glacier"] = "region_of_interest"
+    cloud_max: float = Field(0.3, ge=0, le=1)
+    cloud_buffer_m: int = 50
+    single_tile_coverage: float = Field(0.98, description="A tile covering this share is taken alone, not mosaicked.")
+    min_clean_pixels: int = Field(30, ge=1)
+    ranking: Literal["rank_positions", "min_max"] = "rank_positions"
+    overrides: str | None = Field(None, description="CSV: glacier_id, year, date (a date, or 'reject').")
+
+
+class ImagerySettings(_Strict):
+    catalog: Catalog
+    sensor: SensorSettings = SensorSettings()
+    window: tuple[str, str] = Field(("08-01", "10-15"), description="First and last day searched in a year, MM-DD.")
+    baseline: BaselineDates = BaselineDates()
+    selection: SelectionSettings = SelectionSettings()
+    margin_m: float = Field(1330.0, ge=0, description="Cube margin around the outline (128 + 5 pixels at 10 m).")
+
+    @model_validator(mode="after")
+    def _days(self) -> ImagerySettings:
+        for day in self.window:
+            if not re.fullmatch(r"\d\d-\d\d", day):
+                raise ValueError(f"window day {day!r} is not MM-DD")
+            dt.date.fromisoformat(f"2015-{day}")
+        if self.window[0] > self.window[1]:
+            raise ValueError("window must start before it ends within one calendar year")
+        return self
+
+
+# --------------------------------------------------------------------------------------------- terrain
+class ElevationChangePeriod(_Strict):
+    path: str
+    start: int = Field(description="First year of the period (e.g. 2010).")
+    end: int
+
+
+class TerrainSettings(_Strict):
+    dem: list[str] = Field([], description="DEM files, mosaicked in order; empty: elevation is unknown.")
+    dem_source: str = ""
+    dem_nodata: float | None = Field(None, description="No-data value where the DEM's file does not say.")
+    smoothing_sigma: float = Field(1.0, ge=0, description="Gaussian before derivatives, in pixels, 3x3 window.")
+    elevation_change: list[ElevationChangePeriod] = []
+    elevation_change_source: str = ""
+
+
+# --------------------------------------------------------------------------------------------- folds, training
+class FoldSettings(_Strict):
+    n: int = Field(5, ge=2, description="Iterations of the geographic cross-validation.")
+    validation_share: float = Field(0.1, gt=0, lt=0.5, description="Share of the area that separates train and test.")
+
+
+class ModelSettings(_Strict):
+    architecture: str = Field("Unet", description="A segmentation-models-pytorch architecture.")
+    encoder: str = "resnet34"
+    encoder_depth: int = Field(5, ge=1, le=5)
+    decoder_channels: list[int] = [256, 128, 64, 32, 16]
+    encoder_weights: str | None = Field(
+        "imagenet", description="'imagenet' (downloaded), a local .safetensors file, or null for random weights."
+    )
+    channels: list[str] = Field(list(PUBLISHED_CHANNELS), min_length=1, description="Inputs of the network, in order.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelSettings:
+        if len(self.decoder_channels) != self.encoder_depth:
+            raise ValueError(f"decoder_channels must have {self.encoder_depth} entries (encoder_depth)")
+        if len(set(self.channels)) != len(self.channels):
+            raise ValueError("channels must not repeat")
+        return self
+
+
+class TrainingSettings(_Strict):
+    members: int = Field(10, ge=1, description="Ensemble members (seeds) for each fold.")
+    patch_px: int = Field(256, ge=32, multiple_of=32)
+    train_step_px: int = Field(32, ge=1)
+    validation_step_px: int = Field(64, ge=1)
+    train_patches: int = Field(7488, ge=1, description="Patches drawn once a member, at least one a glacier.")
+    batch_size: int = Field(16, ge=1)
+    epochs: int = Field(30, ge=1)
+    learning_rate: float = Field(1e-4, gt=0)
+    schedule: Literal["constant", "one_cycle"] = "constant"
+    loss: Literal["focal", "bce", "dice"] = "focal"
+    focal_gamma: float = 2.0
+    focal_alpha: float | None = 0.25
+    augmentation: bool = Field(False, description="The 8 symmetries, with aspect and curvature treated right.")
+    seed: int = 0
+
+
+class InferenceSettings(_Strict):
+    mode: Literal["windows", "stride"] = Field(
+        "windows", description="'windows': large blended windows. 'stride': the published averaging at stride_px."
+    )
+    window_px: int = Field(512, ge=64, multiple_of=32)
+    overlap_px: int = Field(64, ge=0)
+    stride_px: int = Field(32, ge=1, description="mode 'stride' only.")
+    margin_share: float = Field(0.05, ge=0, lt=0.5, description="mode 'stride': share of a patch dropped on each side.")
+    precision: Literal["fp32", "bf16", "auto"] = "auto"
+    fill: Literal["nearest", "elevation"] = "nearest"
+    fill_neighbours: int = Field(30, ge=1)
+    threshold: float = Field(0.5, gt=0, lt=1)
+
+
+class CalibrationSettings(_Strict):
+    temperature_bounds: tuple[float, float] = (0.5, 5.0)
+    pixel_share: float = Field(0.1, gt=0, le=1, description="Share of the validation pixels used for temperature.")
+    coverage: float = Field(0.6827, gt=0, lt=1, description="Target coverage of the area interval.")
+    tau_step: float = 0.001
+    tau_max: float = 0.5
+    min_glaciers: int = Field(
+        20, description="With fewer validation glaciers the regression of tau is replaced by one regional quantile."
+    )
+    ece_bins: int = 40
+
+
+class ChangeSettings(_Strict):
+    dates: Literal["decimal_years", "whole_years"] = Field(
+        "decimal_years", description="'whole_years' is the published choice (METHOD section 11)."
+    )
+    snr_min: float = 1.0
+    recall_min: float = 0.9
+    between_glacier_correlation: float = Field(1.0, ge=0, le=1, description="1: fully dependent (published); 0: none.")
+    size_class_edges_km2: list[float] = [0.01, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0]
+    sieve_px: int = Field(10, ge=0, description="Smaller patches are removed from outlines.")
+
+
+# --------------------------------------------------------------------------------------------- the rest
+class YearSettings(_Strict):
+    first: int = Field(ge=1972, le=2100)
+    last: int | None = Field(None, description="null: up to the current year.")
+    baseline: int
+
+    @model_validator(mode="after")
+    def _order(self) -> YearSettings:
+        if self.last is not None and self.last < self.first:
+            raise ValueError("last must not be before first")
+        if self.baseline < self.first or (self.last is not None and self.baseline > self.last):
+            raise ValueError("baseline must be one of the years")
+        return self
+
+    def all(self, today: dt.date | None = None) -> list[int]:
+        """Calendar years from the first to the last, or to the present one."""
+        last = self.last if self.last is not None else (today or dt.date.today()).year
+        return list(range(self.first, last + 1))
+
+
+class SimulationSettings(_Strict):
+    """Only for simulated regions: how the inputs are made. The result is named as simulated everywhere."""
+
+    kind: Literal["demo", "drape"] = "demo"
+    seed: int = 7
+    size_px: tuple[int, int] | None = None
+    outlines: str | None = Field(None, description="drape: real outlines, relative to data_root.")
+    outlines_layer: str | None = None
+    id_column: str | None = None
+    dem: str | None = Field(None, description="drape: real DEM, relative to data_root.")
+
+
+class EvaluationSettings(_Strict):
+    note: str = Field("", description="A sentence shown wherever the figures are shown: what they can not tell.")
+    reference: str | None = Field(
+        None, description="A second set of outlines that judges the predictions of `reference_year`."
+    )
+    reference_layer: str | None = None
+    reference_year: int | None = None
+
+
+class ComputeSettings(_Strict):
+    """How much work at once. Never part of a result's fingerprint."""
+
+    workers: int = Field(0, ge=0, description="Processes for glacier maps; 0: one for each core.")
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    partitions_per_run: int = Field(
+        1, ge=1, description="Partitions that one Dagster run takes; small regions take many to save start-up time."
+    )
+
+
+class Region(_Strict):
+    """All settings of a region."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_-]*$")
+    title: str = ""
+    description: str = ""
+    data_root: str | None = Field(
+        None, description="Folder of the inputs; ~ and $VARIABLES are expanded. null: <store>/inputs (simulated)."
+    )
+    years: YearSettings
+    inventory: InventorySettings
+    imagery: ImagerySettings
+    terrain: TerrainSettings = TerrainSettings()
+    folds: FoldSettings = FoldSettings()
+    model: ModelSettings = ModelSettings()
+    training: TrainingSettings = TrainingSettings()
+    inference: InferenceSettings = InferenceSettings()
+    calibration: CalibrationSettings = CalibrationSettings()
+    change: ChangeSettings = ChangeSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    simulation: SimulationSettings | None = None
+    compute: ComputeSettings = ComputeSettings()
+
+    @model_validator(mode="after")
+    def _channels_exist(self) -> Region:
+        bands = set(self.imagery.sensor.bands)
+        needs = {"ndvi": {"nir", "red"}, "ndwi": {"green", "nir"}, "ndsi": {"green", "swir16"}}
+        known = bands | {"dem", "dhdt"} | TERRAIN_CHANNELS
+        for channel in self.model.channels:
+            if channel in needs:
+                lacking = needs[channel] - bands
+                if lacking:
+                    raise ValueError(f"model.channels: {channel} needs the bands {sorted(lacking)}, which the sensor lacks")
+            elif channel not in known:
+                raise ValueError(
+                    f"model.channels: {channel!r} is neither a band of the sensor nor a known layer; "
+                    f"did you mean {_nearest(channel, known | set(needs))!r}?"
+                )
+            elif channel in TERRAIN_CHANNELS | {"dem"} and not self.terrain.dem and self.simulation is None:
+                raise ValueError(f"model.channels: {channel} needs terrain.dem")
+        return self
+
+    def fingerprint(self, *sections: str) -> str:
+        """Short hash of the named sections (all but ``compute`` when none is named), stable across key order."""
+        names = sections or tuple(n for n in type(self).model_fields if n not in {"compute", "data_root"})
+        content = {name: self.model_dump(mode="json")[name] for name in sorted(names)}
+        return fingerprint(content)
+
+
+def fingerprint(content: Any) -> str:
+    """First 16 hex digits of the SHA-256 of ``content`` as canonical JSON."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# --------------------------------------------------------------------------------------------- reading
+def packaged_regions() -> list[str]:
+    """Names of the regions shipped with the package."""
+    folder = resources.files("dl4gam_assets") / "regions"
+    return sorted(f.name[:-5] for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def load_region(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> Region:
+    """Read a region by packaged name or by path of a YAML file.
+
+    ``overrides`` are dotted keys (``{"training.epochs": 3}``) set after the file was read.
+
+    Raises
+    ------
+    SettingsError
+        if the file is absent, is no YAML mapping, or a key or value is wrong.
+    """
+    text, where = _region_text(str(name_or_path))
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{where} is not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise SettingsError(f"{where} must be a YAML mapping of settings")
+    for key, value in (overrides or {}).items():
+        node = raw
+        *parents, last = key.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return parse_region(raw, where)
+
+
+def parse_region(raw: Mapping[str, Any], where: str = "settings") -> Region:
+    """Check a mapping of settings; raises :class:`SettingsError` with one line for each wrong key."""
+    try:
+        return Region.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(e) for e in error.errors()]
+        raise SettingsError(f"{where}:\n  " + "\n  ".join(lines)) from error
+
+
+def _region_text(name: str) -> tuple[str, str]:
+    if name in packaged_regions():
+        resource = resources.files("dl4gam_assets") / "regions" / f"{name}.yaml"
+        return resource.read_text(encoding="utf-8"), f"packaged region {name!r}"
+    path = Path(os.path.expandvars(name)).expanduser()
+    if path.is_file():
+        return path.read_text(encoding="utf-8"), str(path)
+    near = _nearest(name, packaged_regions())
+    hint = f" Did you mean {near!r}?" if near else ""
+    raise SettingsError(
+        f"no region {name!r}: neither a packaged region ({', '.join(packaged_regions())}) nor a YAML file.{hint}"
+    )
+
+
+def _explain(error: Any) -> str:
+    # Names of discriminated union members appear in loc; they are no keys of the file.
+    loc = [str(part) for part in error["loc"] if str(part) not in {"stac-folder", "stac-api", "scene-folder"}]
+    key = ".".join(loc) or "(top level)"
+    if error["type"] == "extra_forbidden":
+        valid = _valid_keys(loc[:-1])
+        near = _nearest(loc[-1], valid)
+        hint = f"; did you mean {near!r}?" if near else f"; valid keys: {', '.join(sorted(valid))}"
+        return f"{key}: unknown key{hint}"
+    if error["type"] == "missing":
+        return f"{key}: required, but absent"
+    given = error.get("input")
+    shown = "" if isinstance(given, dict) else f" (given: {given!r})"
+    return f"{key}: {error['msg'].removeprefix('Value error, ')}{shown}"
+
+
+def _valid_keys(loc: Iterable[str]) -> set[str]:
+    models: list[type[BaseModel]] = [Region]
+    for part in loc:
+        if part.isdigit():
+            continue
+        models = [m for model in models if part in model.model_fields
+                  for m in _models_of(model.model_fields[part].annotation)]  # fmt: skip
+    return {name for model in models for name in model.model_fields}
+
+
+def _models_of(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) is None:
+        return []
+    return [m for arg in get_args(annotation) for m in _models_of(arg)]
+
+
+def _nearest(word: str, valid: Iterable[str]) -> str | None:
+    matches = difflib.get_close_matches(word, sorted(valid), n=1, cutoff=0.5)
+    return matches[0] if matches else None

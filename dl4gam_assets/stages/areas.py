@@ -1,0 +1,273 @@
+"""Stages of the group *areas*: the interval's tau, areas with lineage, outlines, the baseline."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from dl4gam_assets.lineage import Provenance
+from dl4gam_assets.stages import previews
+from dl4gam_assets.stages.base import (
+    Site,
+    StageResult,
+    UpstreamError,
+    Workspace,
+    cached_table,
+    code_version,
+    fold_label,
+    frame_fingerprint,
+    run_stage,
+    utc_now,
+    year_fold_label,
+)
+from dl4gam_assets.tables import TABLES
+
+
+def interval_taus(ws: Workspace, fold: int, *, force: bool = False) -> StageResult:
+    """Apply the fold's rule for tau to its test glaciers' predictions in the inventory year."""
+    from dl4gam_assets.ensemble import TauRule
+
+    baseline = ws.region.years.baseline
+
+    def work() -> tuple[str, dict[str, Any], dict[str, bytes]]:
+        predictions = ws.storage.read_table("predictions", year=baseline, fold=fold)
+        calibration = ws.storage.read_table("calibration", fold=fold)
+        rule = TauRule.from_json(str(calibration["coefficients"].iloc[0]))
+        features = pd.DataFrame(
+            {
+                "log_area": np.log(np.maximum(predictions["predicted_area_km2"].to_numpy(dtype=float), 1e-4)),
+                "mean_probability": predictions["mean_probability"].to_numpy(dtype=float),
+                "epistemic_std": predictions["epistemic_std"].to_numpy(dtype=float),
+                "aleatoric_std": predictions["aleatoric_std"].to_numpy(dtype=float),
+            }
+        )
+        taus = pd.DataFrame({"glacier_id": predictions["glacier_id"].to_numpy(), "tau": rule.predict(features)})
+        ws.storage.write_table("taus", taus, {"fold": fold})
+        metadata = {
+            "glaciers": len(taus),
+            "median_tau": float(taus["tau"].median()) if len(taus) else None,
+            "method": rule.method,
+        }
+        return frame_fingerprint(taus), metadata, {}
+
+    inputs = {
+        "predictions": ws.upstream("glacier_predictions", year_fold_label(baseline, fold)),
+        "calibration": ws.upstream("calibration", fold_label(fold)),
+    }
+    return run_stage(ws, "interval_taus", fold_label(fold), inputs, work, force=force)
+
+
+def _tau_of(site: Site, glacier_id: str, fold: int) -> float:
+    """The glacier's own tau; the fold's widest where the glacier was not mapped in the inventory year."""
+    taus = cached_table(site, "taus", fold=fold)
+    own = taus.loc[taus["glacier_id"] == glacier_id, "tau"]
+    if len(own):
+        return float(own.iloc[0])
+    if len(taus):
+        return float(taus["tau"].min())
+    raise UpstreamError(f"fold {fold} has no tau: no glacier of it was mapped in the inventory year")
+
+
+def area_of(site: Site, year: int, fold: int, glacier_id: str) -> dict[str, Any]:
+    """Area row of one glacier; runs in a worker process."""
+    from dl4gam_assets.change import area_row
+    from dl4gam_assets.cubes import open_cube
+    from dl4gam_assets.ensemble import read_prediction
+
+    storage = site.storage
+    with storage.reading(storage.cube(year, glacier_id)) as cube_path, storage.reading(
+        storage.prediction(year, glacier_id)
+    ) as map_path:
+        prediction = read_prediction(map_path)
+        with open_cube(cube_path) as cube:
+            row = area_row(
+                prediction["mean"], prediction["std"], cube, _tau_of(site, glacier_id, fold),
+                threshold=site.region.inference.threshold,
+            )  # fmt: skip
+    return row
+
+
+def glacier_areas(ws: Workspace, year: int, fold: int, *, force: bool = False) -> StageResult:
+    """Measure the areas of the fold's glaciers in a year and write where each comes from."""
+    label = year_fold_label(year, fold)
+
+    def work() -> tuple[str, dict[str, Any], dict[str, bytes]]:
+        storage = ws.storage
+        predictions = storage.read_table("predictions", year=year, fold=fold)
+        cubes = storage.read_table("cubes", year=year).set_index("glacier_id")
+        mapped = _assert_current(predictions, cubes)
+        values, failures = ws.over_glaciers(
+            "glacier_areas", label, area_of, [(g, (ws.site, year, fold, g)) for g in mapped["glacier_id"]]
+        )
+        extra = mapped.set_index("glacier_id")
+        rows = [
+            {
+                **value,
+                "glacier_id": g,
+                "image_date": cubes.loc[g, "image_date"],
+                "filled_share": extra.loc[g, "filled_share"],
+            }
+            for g, value in values.items()
+        ]
+        areas = pd.DataFrame(rows) if rows else TABLES["areas"].empty().drop(columns=["year", "fold"])
+        storage.write_table("areas", areas, {"year": year, "fold": fold})
+        _write_lineage(ws, year, fold, list(values), cubes, extra)
+        metadata = {
+            "glaciers": len(areas),
+            "failed_glaciers": len(failures),
+            "area_km2": float(areas["area_km2"].sum()),
+            "lower_km2": float(areas["lower_km2"].sum()),
+            "upper_km2": float(areas["upper_km2"].sum()),
+            "median_recall": float(areas["recall"].median()) if len(areas) else None,
+            "median_relative_std": float((areas["std_km2"] / areas["area_km2"]).median()) if len(areas) else None,
+        }
+        return frame_fingerprint(areas), metadata, {}
+
+    inputs = {
+        "predictions": ws.upstream("glacier_predictions", label),
+        "taus": ws.upstream("interval_taus", fold_label(fold)),
+        "threshold": ws.region.inference.threshold,
+    }
+    return run_stage(ws, "glacier_areas", label, inputs, work, force=force)
+
+
+def _assert_current(predictions: pd.DataFrame, cubes: pd.DataFrame) -> pd.DataFrame:
+    """The predictions whose cube is still the one they were made from.
+
+    Raises
+    ------
+    UpstreamError
+        if some are not: an area must never mix an old map with a new cube.
+    """
+    now = cubes["fingerprint"].reindex(predictions["glacier_id"])
+    stale = predictions.loc[now.to_numpy() != predictions["cube_fingerprint"].to_numpy(), "glacier_id"]
+    if len(stale):
+        raise UpstreamError(
+            f"{len(stale)} maps are older than their cubes ({', '.join(stale.head(5))}): "
+            "materialize glacier_predictions of this partition first"
+        )
+    return predictions
+
+
+def _write_lineage(
+    ws: Workspace, year: int, fold: int, ids: list[str], cubes: pd.DataFrame, predictions: pd.DataFrame
+) -> None:
+    storage = ws.storage
+    scenes = storage.read_table("scenes", year=year)
+    scenes = scenes[scenes["selected"].astype(bool)].set_index("glacier_id")
+    periods = storage.read_table("elevation_changes", year=year).set_index("glacier_id")
+    terrain = ws.region.terrain
+    states = {
+        "glacier_cubes": storage.read_state("glacier_cubes", str(year)),
+        "calibration": storage.read_state("calibration", fold_label(fold)),
+        "glacier_predictions": storage.read_state("glacier_predictions", year_fold_label(year, fold)),
+    }
+    runs = {asset: state.get("run_id") for asset, state in states.items() if state} | {"glacier_areas": ws.run_id}
+    rows = []
+    for g in ids:
+        period = periods.loc[g] if g in periods.index else None
+        has_period = period is not None and pd.notna(period["period_start"])
+        rows.append(
+            Provenance(
+                glacier_id=g,
+                year=year,
+                fold=fold,
+                scene_ids=str(cubes.loc[g, "scene_ids"]),
+                image_date=cubes.loc[g, "image_date"].to_pydatetime(),
+                checksums=str(scenes.loc[g, "checksums"]) if g in scenes.index else None,
+                cube_fingerprint=str(cubes.loc[g, "fingerprint"]),
+                dem_source=terrain.dem_source or ", ".join(terrain.dem) or None,
+                dhdt_source=(
+                    f"{terrain.elevation_change_source or 'dh/dt'} {int(period['period_start'])} to "
+                    f"{int(period['period_end'])}"
+                    if has_period and period is not None
+                    else None
+                ),
+                member_sha256=str(predictions.loc[g, "member_sha256"]),
+                calibration_fingerprint=ws.upstream("calibration", fold_label(fold)),
+                prediction_fingerprint=str(predictions.loc[g, "fingerprint"]),
+                settings_fingerprint=ws.region.fingerprint(),
+                code_version=code_version(),
+                run_ids=json.dumps(runs),
+                time=utc_now(),
+            ).model_dump()
+        )
+    frame = pd.DataFrame(rows) if rows else TABLES["lineage"].empty()
+    storage.write_table("lineage", frame.drop(columns=["year", "fold"]), {"year": year, "fold": fold})
+
+
+def outlines_of(site: Site, year: int, fold: int, glacier_id: str) -> Any:
+    """Outline rows of one glacier; runs in a worker process."""
+    from dl4gam_assets.change import extract_outlines
+    from dl4gam_assets.cubes import open_cube
+    from dl4gam_assets.ensemble import read_prediction
+
+    storage = site.storage
+    with storage.reading(storage.cube(year, glacier_id)) as cube_path, storage.reading(
+        storage.prediction(year, glacier_id)
+    ) as map_path:
+        prediction = read_prediction(map_path)
+        with open_cube(cube_path) as cube:
+            return extract_outlines(
+                prediction["mean"], prediction["std"], cube, _tau_of(site, glacier_id, fold),
+                threshold=site.region.inference.threshold, sieve_px=site.region.change.sieve_px,
+            )  # fmt: skip
+
+
+def glacier_outlines(ws: Workspace, year: int, *, force: bool = False) -> StageResult:
+    """Polygons of the year's maps: best, lower, upper."""
+    import geopandas as gpd
+
+    folds = range(1, ws.region.folds.n + 1)
+    label = str(year)
+
+    def work() -> tuple[str, dict[str, Any], dict[str, bytes]]:
+        predictions = ws.storage.read_table("predictions", year=year)
+        tasks = [(r.glacier_id, (ws.site, year, int(r.fold), r.glacier_id)) for r in predictions.itertuples()]
+        values, failures = ws.over_glaciers("glacier_outlines", label, outlines_of, tasks)
+        frames = [f.assign(glacier_id=g) for g, f in values.items() if len(f)]
+        if frames:
+            outlines = gpd.GeoDataFrame(pd.concat(frames, ignore_index=True), crs="EPSG:4326")
+        else:
+            outlines = TABLES["outlines"].empty().drop(columns="year")
+        outlines = outlines[[c for c in outlines.columns if c != "year"]]
+        ws.storage.write_table("outlines", outlines, {"year": year})
+        best = outlines[outlines["bound"] == "best"]
+        metadata = {
+            "glaciers": int(best["glacier_id"].nunique()),
+            "area_km2": float(best["area_km2"].sum()),
+            "failed_glaciers": len(failures),
+        }
+        pictures = {"outlines": previews.outlines_map(best, title=f"{year}")} if len(best) else {}
+        return frame_fingerprint(outlines), metadata, pictures
+
+    inputs = {
+        "predictions": {f: ws.upstream_or_none("glacier_predictions", year_fold_label(year, f)) for f in folds},
+        "taus": {f: ws.upstream_or_none("interval_taus", fold_label(f)) for f in folds},
+        "sieve": ws.region.change.sieve_px,
+        "threshold": ws.region.inference.threshold,
+    }
+    return run_stage(ws, "glacier_outlines", label, inputs, work, force=force)
+
+
+def baseline_areas(ws: Workspace, *, force: bool = False) -> StageResult:
+    """Collect the baseline year's areas of all folds."""
+    baseline = ws.region.years.baseline
+    folds = range(1, ws.region.folds.n + 1)
+
+    def work() -> tuple[str, dict[str, Any], dict[str, bytes]]:
+        areas = ws.storage.read_table("areas", year=baseline)
+        ws.storage.write_table("baseline_areas", areas)
+        metadata = {
+            "glaciers": len(areas),
+            "area_km2": float(areas["area_km2"].sum()),
+            "inventory_area_km2": float(areas["inventory_area_km2"].sum()),
+            "median_recall": float(areas["recall"].median()) if len(areas) else None,
+        }
+        return frame_fingerprint(areas), metadata, {}
+
+    inputs = {f: ws.upstream("glacier_areas", year_fold_label(baseline, f)) for f in folds}
+    return run_stage(ws, "baseline_areas", "all", {str(k): v for k, v in inputs.items()}, work, force=force)

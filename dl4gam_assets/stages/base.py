@@ -1,0 +1,292 @@
+"""What all stages share: the workspace, the result, the map over glaciers with its failures, fingerprints.
+
+Fingerprints make a repeated run cheap. A partition's *input fingerprint* hashes the settings that shape it, the
+fingerprints of what it reads and ``STAGE_VERSION``; its *output fingerprint* hashes the content that downstream reads.
+Both are kept in ``state/<asset>/<partition>.json`` together with the Dagster run that wrote it.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import functools
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from dl4gam_assets.compute import Done, Mapper
+from dl4gam_assets.settings import Region, fingerprint
+from dl4gam_assets.storage import Storage
+
+#: Raised by one whenever a change of code changes results, so that old results count as stale.
+STAGE_VERSION = 1
+
+log = logging.getLogger("dl4gam_assets")
+
+
+class UpstreamError(RuntimeError):
+    """Something that a stage reads is missing or is not what it expects. The message says what to materialize."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """Region and store: all that a task in another process needs. Small and picklable."""
+
+    region: Region
+    root: str
+
+    @property
+    def storage(self) -> Storage:
+        return Storage(self.root)
+
+    @property
+    def data_root(self) -> Path:
+        """Folder of the inputs: the region's ``data_root``, or ``inputs`` in the store for a simulated region."""
+        if self.region.simulation is not None:
+            return Path(str(self.storage.inputs()))
+        return raw_data_root(self.region)
+
+
+def raw_data_root(region: Region) -> Path:
+    """Folder that ``data_root`` names, with ~ and environment variables expanded."""
+    text = region.data_root
+    if text is None:
+        return Path(".")
+    expanded = os.path.expandvars(text)
+    if "$" in expanded:
+        raise UpstreamError(
+            f"data_root of region {region.name!r} is {text!r}, but that environment variable is not set; "
+            "set it to the folder of the input data"
+        )
+    return Path(expanded).expanduser()
+
+
+@dataclass
+class Workspace:
+    """A site plus the means to work: processes, device, logger, and the Dagster run if there is one."""
+
+    region: Region
+    storage: Storage
+    mapper: Mapper = field(default_factory=Mapper)
+    device: str = "auto"
+    logger: Any = log
+    run_id: str | None = None
+
+    @property
+    def site(self) -> Site:
+        return Site(self.region, str(self.storage.root))
+
+    @property
+    def data_root(self) -> Path:
+        return self.site.data_root
+
+    # ------------------------------------------------------------------ fingerprints
+    def upstream(self, asset: str, partition: str = "all") -> str:
+        """Output fingerprint of an upstream partition.
+
+        Raises
+        ------
+        UpstreamError
+            if it was not materialized.
+        """
+        state = self.storage.read_state(asset, partition)
+        if state is None:
+            raise UpstreamError(f"{asset} [{partition}] is not there yet: materialize it first")
+        return str(state["output"])
+
+    def upstream_or_none(self, asset: str, partition: str = "all") -> str | None:
+        state = self.storage.read_state(asset, partition)
+        return None if state is None else str(state["output"])
+
+    def finish(self, asset: str, partition: str, inputs: str, output: str, seconds: float, **extra: Any) -> None:
+        """Record that a partition is complete."""
+        self.storage.write_state(
+            asset,
+            partition,
+            {
+                "input": inputs,
+                "output": output,
+                "run_id": self.run_id,
+                "time": utc_now().isoformat(),
+                "seconds": round(seconds, 3),
+                "code_version": code_version(),
+                **extra,
+            },
+        )
+
+    # ------------------------------------------------------------------ the map over glaciers
+    def over_glaciers(
+        self, stage: str, partition: str, function: Callable[..., Any], tasks: Iterable[tuple[str, Sequence[Any]]]
+    ) -> tuple[dict[str, Any], pd.DataFrame]:
+        """Apply ``function`` to each ``(glacier_id, arguments)``; one failure never loses the others.
+
+        Returns values by glacier id (sorted), and the failures, which replace those of the partition's last run.
+        """
+        todo = list(tasks)
+
+        def progress(done: int, total: int, seconds: float) -> None:
+            rate = 60.0 * done / max(seconds, 1e-9)
+            self.logger.info(f"{stage} [{partition}]: {done} of {total} glaciers, {rate:.0f} a minute")
+
+        values: dict[str, Any] = {}
+        failures: list[Done] = []
+        for done in self.mapper.map(function, todo, progress=progress):
+            if done.ok:
+                values[done.key] = done.value
+            else:
+                failures.append(done)
+                self.logger.warning(f"{stage} [{partition}] glacier {done.key}: {done.error}")
+        frame = self.write_failures(stage, partition, [(d.key, d.error or "", d.kind or "") for d in failures])
+        return dict(sorted(values.items())), frame
+
+    def write_failures(self, stage: str, partition: str, rows: Sequence[tuple[str, str, str]]) -> pd.DataFrame:
+        """Replace the failures of a stage's partition; an empty list removes them."""
+        path = self.storage.table("failures", {"stage": stage, "partition": partition})
+        frame = pd.DataFrame(sorted(rows), columns=["glacier_id", "error", "kind"])
+        frame["time"] = utc_now()
+        if len(frame):
+            frame = frame.drop_duplicates("glacier_id", keep="last")
+            self.storage.write_table("failures", frame, {"stage": stage, "partition": partition})
+        elif path.exists():
+            path.unlink()
+        return frame
+
+
+@dataclass
+class StageResult:
+    """What a stage says of the partition it made: metadata for people, pictures, and whether anything changed."""
+
+    partition: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+    previews: dict[str, bytes] = field(default_factory=dict)
+    unchanged: bool = False
+
+
+Stage = Callable[..., tuple[str, dict[str, Any], dict[str, bytes]]]
+
+
+def run_stage(
+    ws: Workspace,
+    asset: str,
+    partition: str,
+    inputs: Mapping[str, Any],
+    work: Callable[[], tuple[str, dict[str, Any], dict[str, bytes]]],
+    *,
+    force: bool = False,
+) -> StageResult:
+    """Do ``work`` unless the partition was made from the same ``inputs`` and nothing in it failed.
+
+    ``work`` returns the output fingerprint, metadata and previews.
+    """
+    wanted = input_fingerprint(inputs)
+    state = ws.storage.read_state(asset, partition)
+    if state and state["input"] == wanted and not force and not state.get("failed"):
+        return StageResult(partition, {**state.get("metadata", {}), "unchanged": True}, {}, unchanged=True)
+    start = time.perf_counter()
+    output, metadata, previews = work()
+    seconds = time.perf_counter() - start
+    ws.finish(
+        asset, partition, wanted, output, seconds, metadata=metadata, failed=int(metadata.get("failed_glaciers", 0))
+    )
+    return StageResult(partition, {**metadata, "seconds": round(seconds, 2)}, previews)
+
+
+def input_fingerprint(inputs: Mapping[str, Any]) -> str:
+    return fingerprint({"version": STAGE_VERSION, **inputs})
+
+
+def frame_fingerprint(frame: pd.DataFrame, ignore: Sequence[str] = ()) -> str:
+    """Hash of a table's content, independent of the order of its rows."""
+    plain = frame.drop(columns=[c for c in ignore if c in frame.columns])
+    columns = {}
+    for name in sorted(plain.columns):
+        values = plain[name]
+        if str(values.dtype) == "geometry":
+            values = pd.Series([g.wkb_hex if g is not None else "" for g in values])
+        columns[name] = values.astype("string").fillna("").to_numpy(dtype=object)
+    rows = sorted(zip(*columns.values(), strict=True)) if columns else []
+    digest = hashlib.sha256("\x1f".join(columns).encode())
+    for row in rows:
+        digest.update("\x1f".join(map(str, row)).encode() + b"\x1e")
+    return digest.hexdigest()[:16]
+
+
+def file_fingerprint(path: Path) -> str:
+    """Identity of an input file: its name, size and SHA-256 (of the first and last mebibyte of a large file)."""
+    if not path.is_file():
+        raise UpstreamError(f"input file {path} does not exist")
+    digest = hashlib.sha256()
+    size = path.stat().st_size
+    with open(path, "rb") as handle:
+        digest.update(handle.read(1 << 20))
+        if size > 1 << 21:
+            handle.seek(-(1 << 20), os.SEEK_END)
+        digest.update(handle.read(1 << 20))
+    return f"{path.name}:{size}:{digest.hexdigest()[:16]}"
+
+
+def folder_fingerprint(folder: Path, pattern: str = "*") -> str:
+    """Identity of a folder of inputs: names, sizes and time stamps of its files."""
+    entries = sorted((str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob(pattern))
+    return fingerprint(entries)
+
+
+def utc_now() -> dt.datetime:
+    return dt.datetime.now(dt.UTC).replace(tzinfo=None)
+
+
+@functools.cache
+def code_version() -> str:
+    """Version of the package, with the git commit when it runs from a checkout."""
+    import subprocess
+
+    from dl4gam_assets import __version__
+
+    folder = Path(__file__).parents[2]
+    if (folder / ".git").exists():
+        found = subprocess.run(
+            ["git", "-C", str(folder), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False
+        )
+        if found.returncode == 0:
+            return f"{__version__}+{found.stdout.strip()}"
+    return __version__
+
+
+@functools.lru_cache(maxsize=64)
+def _cached_table(root: str, name: str, where: tuple[tuple[str, Any], ...], stamp: float) -> pd.DataFrame:
+    return Storage(root).read_table(name, **dict(where))
+
+
+def cached_table(site: Site, name: str, **where: Any) -> pd.DataFrame:
+    """A table as :meth:`Storage.read_table` gives it, kept in this process while its files are unchanged. Do not alter."""
+    storage = site.storage
+    stamp = 0.0
+    if storage.is_local:
+        files = Path(str(storage.path("tables", name))).rglob("part.parquet")
+        stamp = max((f.stat().st_mtime for f in files), default=0.0)
+    return _cached_table(site.root, name, tuple(sorted(where.items())), stamp)
+
+
+# --------------------------------------------------------------------------------------------- partition labels
+def fold_label(fold: int) -> str:
+    """Text of a fold in partition keys and file names: ``fold_1``."""
+    return f"fold_{fold}"
+
+
+def member_label(member: int) -> str:
+    """Text of an ensemble member in partition keys: ``member_01``."""
+    return f"member_{member:02d}"
+
+
+def year_fold_label(year: int, fold: int) -> str:
+    return f"{year}.{fold_label(fold)}"
+
+
+def fold_member_label(fold: int, member: int) -> str:
+    return f"{fold_label(fold)}.{member_label(member)}"

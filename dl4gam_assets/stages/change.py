@@ -1,0 +1,86 @@
+"""Stages of the group *change*."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dl4gam_assets.stages import previews
+from dl4gam_assets.stages.base import StageResult, Workspace, fold_label, frame_fingerprint, run_stage, year_fold_label
+
+
+def _areas_fingerprints(ws: Workspace, year: int) -> dict[str, str | None]:
+    folds = range(1, ws.region.folds.n + 1)
+    return {fold_label(f): ws.upstream_or_none("glacier_areas", year_fold_label(year, f)) for f in folds}
+
+
+def area_change(ws: Workspace, year: int, *, force: bool = False) -> StageResult:
+    """Change of each glacier between the baseline and ``year``."""
+    from dl4gam_assets.change import area_changes
+
+    def work() -> tuple[str, dict[str, Any], dict[str, bytes]]:
+        baseline = ws.storage.read_table("baseline_areas")
+        areas = ws.storage.read_table("areas", year=year)
+        changes, excluded = area_changes(baseline, areas, ws.region.change)
+        ws.storage.write_table("changes", changes, {"year": year})
+        kind = "NoRate"
+        is_baseline = year == ws.region.years.baseline
+        rows = [] if is_baseline else [(str(r.glacier_id), str(r.reason), kind) for r in excluded.itertuples()]
+        ws.write_failures("area_change", str(year), rows)
+        metadata = {
+            "glaciers": len(changes),
+            "pass_quality_filter": int(changes["ok"].sum()) if len(changes) else 0,
+            "without_rate": len(excluded),
+            "median_rate_pct_per_year": float(changes["rate_pct_per_year"].median()) if len(changes) else None,
+        }
+        return frame_fingerprint(changes), metadata, {}
+
+    inputs = {
+        "areas": _areas_fingerprints(ws, year),
+        "baseline": ws.upstream("baseline_areas"),
+        "settings": ws.region.fingerprint("change"),
+    }
+    return run_stage(ws, "area_change", str(year), inputs, work, force=force)
+
+
+def regional_change(ws: Workspace, year: int, *, force: bool = False) -> StageResult:
+    """Totals of the year by region, country and size class."""
+    from dl4gam_assets.change import regional_changes
+
+    def work() -> tuple[str, dict[str, Any], dict[str, bytes]]:
+        changes = ws.storage.read_table("changes", year=year)
+        totals = regional_changes(
+            changes=changes,
+            glaciers=ws.storage.read_table("glaciers"),
+            areas=ws.storage.read_table("areas", year=year),
+            settings=ws.region.change,
+            year=year,
+            baseline_year=ws.region.years.baseline,
+        )
+        ws.storage.write_table("regional_changes", totals, {"year": year})
+        metadata: dict[str, Any] = {}
+        for row in totals[totals["grouping"] == "region"].itertuples():
+            metadata |= {
+                f"{row.method}_area_km2": _number(row.area_km2),
+                f"{row.method}_rate_pct_per_year": _number(row.rate_pct_per_year),
+                f"{row.method}_rate_std_pct_per_year": _number(row.rate_std_pct_per_year),
+            }
+        everything = ws.storage.read_table("regional_changes")
+        series = everything[
+            (everything["grouping"] == "region") & (everything["method"] == "measured") & (everything["year"] <= year)
+        ].sort_values("year")
+        pictures = {"area by year": previews.area_series(series, ws.region.title)} if len(series) else {}
+        return frame_fingerprint(totals), metadata, pictures
+
+    inputs = {
+        "changes": ws.upstream("area_change", str(year)),
+        "areas": _areas_fingerprints(ws, year),
+        "glaciers": ws.upstream("inventory_outlines"),
+        "settings": ws.region.fingerprint("change"),
+    }
+    return run_stage(ws, "regional_change", str(year), inputs, work, force=force)
+
+
+def _number(value: Any) -> float | None:
+    import pandas as pd
+
+    return None if pd.isna(value) else float(value)

@@ -1,0 +1,150 @@
+"""Stage of the group *cubes*: everything a model sees of a glacier in a year."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from dl4gam_assets.settings import fingerprint
+from dl4gam_assets.stages import previews
+from dl4gam_assets.stages.base import Site, StageResult, UpstreamError, Workspace, cached_table, frame_fingerprint, run_stage
+from dl4gam_assets.stages.imagery import catalog_fingerprint, catalog_of
+from dl4gam_assets.stages.terrain import dhdt_path, static_path
+from dl4gam_assets.tables import TABLES
+
+
+def cube_of(site: Site, year: int, glacier_id: str, wanted: str, stamp: str) -> dict[str, Any]:
+    """Build one glacier's cube unless the file made from the same inputs is there; runs in a worker process."""
+    import rasterio
+
+    from dl4gam_assets.cubes import build_cube, cube_mask, open_cube, write_cube
+    from dl4gam_assets.imagery import items_from_row, read_image
+
+    storage = site.storage
+    path = storage.cube(year, glacier_id)
+    scenes = cached_table(site, "scenes", year=year)
+    row = scenes[(scenes["glacier_id"] == glacier_id) & scenes["selected"].astype(bool)].iloc[0]
+    cube = None
+    if path.exists():
+        with storage.reading(path) as local, open_cube(local) as found:
+            if found.attrs.get("fingerprint") == wanted:
+                cube = found.load()
+    if cube is None:
+        with storage.reading(static_path(site, glacier_id)) as local, open_cube(local) as opened:
+            static = opened.load()
+        image = read_image(
+            items_from_row(row, catalog_of(site, stamp)), site.region.imagery, static.odc.geobox
+        )
+        dhdt = None
+        changes = cached_table(site, "elevation_changes", year=year)
+        change = changes[changes["glacier_id"] == glacier_id]
+        if len(change) and pd.notna(change["period_start"].iloc[0]):
+            start, end = int(change["period_start"].iloc[0]), int(change["period_end"].iloc[0])
+            period = next(p for p in site.region.terrain.elevation_change if (p.start, p.end) == (start, end))
+            with storage.reading(dhdt_path(site, period, glacier_id)) as local, rasterio.open(local) as source:
+                dhdt = source.read(1)
+        tag = "simulated" if site.region.simulation is not None else getattr(site.region.imagery.catalog, "tag", "")
+        cube = build_cube(
+            static,
+            image,
+            dhdt=dhdt,
+            attrs={
+                "glacier_id": glacier_id,
+                "year": year,
+                "image_date": row["date"].isoformat(),
+                "scene_ids": row["scene_ids"],
+                "sensor": site.region.imagery.sensor.name,
+                "region": site.region.name,
+                "tag": tag,
+                "fingerprint": wanted,
+            },
+        )
+        with storage.writing(path) as temporary:
+            write_cube(cube, temporary)
+    near = cube_mask(cube, "zone_20")
+    bad = cube_mask(cube, "not_ok")
+    if near.any() and bad[near].all():
+        raise UpstreamError(f"the image of {row['date']:%Y-%m-%d} has no usable pixel on glacier {glacier_id}")
+    height, width = bad.shape
+    return {
+        "glacier_id": glacier_id,
+        "image_date": row["date"],
+        "scene_ids": row["scene_ids"],
+        "fingerprint": wanted,
+        "height_px": height,
+        "width_px": width,
+        "utm_epsg": int(cube.odc.geobox.crs.epsg),
+        "not_ok_share": float(bad[near].mean()) if near.any() else 1.0,
+        "dem_missing_share": float(np.isnan(cube["dem"].to_numpy()).mean()) if "dem" in cube else 1.0,
+        "dhdt_missing_share": float(np.isnan(cube["dhdt"].to_numpy()).mean()) if "dhdt" in cube else 1.0,
+        "size_bytes": int(path.stat().st_size),
+    }
+
+
+def cube_preview(site: Site, year: int, glacier_id: str) -> bytes:
+    """The inventory outline over the selected image."""
+    from dl4gam_assets.cubes import cube_mask, open_cube
+
+    storage = site.storage
+    with storage.reading(storage.cube(year, glacier_id)) as local, open_cube(local) as cube:
+        bands = {str(b): cube["reflectance"].sel(band=b).to_numpy() for b in cube["band"].to_numpy()}
+        outline = cube_mask(cube, "glacier")
+        date = str(cube.attrs["image_date"])[:10]
+    return previews.contours(
+        previews.true_colour(bands), [(outline, "#ffd400", "inventory")], f"{glacier_id}, {date}",
+        site.region.imagery.sensor.pixel_m,
+    )  # fmt: skip
+
+
+def glacier_cubes(ws: Workspace, year: int, *, force: bool = False) -> StageResult:
+    """Build the cubes of a year's selected scenes; glaciers whose inputs are unchanged are left alone."""
+    label = str(year)
+    inputs = {
+        "scenes": ws.upstream("selected_scenes", label),
+        "static": ws.upstream("elevation"),
+        "dhdt": ws.upstream("elevation_change", label),
+        "sensor": ws.region.imagery.sensor.model_dump(mode="json"),
+        "single_tile_coverage": ws.region.imagery.selection.single_tile_coverage,
+    }
+
+    def work() -> tuple[str, dict[str, Any], dict[str, bytes]]:
+        storage = ws.storage
+        scenes = storage.read_table("scenes", year=year)
+        chosen = scenes[scenes["selected"].astype(bool)]
+        static = storage.read_table("elevations").set_index("glacier_id")["fingerprint"]
+        dhdt = storage.read_table("elevation_changes", year=year).set_index("glacier_id")
+        stamp = catalog_fingerprint(ws, year)
+        tasks = []
+        for row in chosen.itertuples():
+            if row.glacier_id not in static.index:
+                continue  # its static layers failed, which is a row in failures already
+            wanted = fingerprint(
+                {
+                    "scenes": [row.scene_ids, row.checksums],
+                    "static": static[row.glacier_id],
+                    "dhdt": [
+                        str(dhdt["fingerprint"].get(row.glacier_id)), str(dhdt["period_start"].get(row.glacier_id)),
+                    ],
+                    "sensor": inputs["sensor"],
+                    "single_tile_coverage": inputs["single_tile_coverage"],
+                }
+            )  # fmt: skip
+            tasks.append((row.glacier_id, (ws.site, year, row.glacier_id, wanted, stamp)))
+        rows, failures = ws.over_glaciers("glacier_cubes", label, cube_of, tasks)
+        frame = pd.DataFrame(list(rows.values())) if rows else TABLES["cubes"].empty().drop(columns="year")
+        storage.write_table("cubes", frame, {"year": year})
+        pictures = {}
+        if len(frame):
+            largest = frame.loc[(frame["height_px"] * frame["width_px"]).idxmax(), "glacier_id"]
+            pictures["largest glacier"] = cube_preview(ws.site, year, str(largest))
+        metadata = {
+            "glaciers": len(frame),
+            "failed_glaciers": len(failures),
+            "mean_unusable_share": float(frame["not_ok_share"].mean()) if len(frame) else None,
+            "size_mb": round(float(frame["size_bytes"].sum()) / 1e6, 1) if len(frame) else 0.0,
+        }
+        return frame_fingerprint(frame[["glacier_id", "fingerprint"]]), metadata, pictures
+
+    return run_stage(ws, "glacier_cubes", label, inputs, work, force=force)

@@ -1,0 +1,203 @@
+"""Stages of the group *predictions*: glacier maps, and how good they are on held-out glaciers."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from dl4gam_assets.compute import choose_device
+from dl4gam_assets.settings import fingerprint
+from dl4gam_assets.stages import previews
+from dl4gam_assets.stages.base import (
+    Site,
+    StageResult,
+    Workspace,
+    cached_table,
+    fold_label,
+    frame_fingerprint,
+    run_stage,
+    year_fold_label,
+)
+from dl4gam_assets.stages.training import _threads, calibration_of, logits_of
+from dl4gam_assets.tables import TABLES
+
+
+def prediction_of(site: Site, year: int, fold: int, glacier_id: str, wanted: str, device: str, threads: int | None) -> dict[str, Any]:
+    """Map one glacier unless the file made from the same inputs is there; runs in a worker process."""
+    from dl4gam_assets.cubes import cube_mask, open_cube
+    from dl4gam_assets.ensemble import aggregate, read_prediction_tags, tau_features, write_prediction
+    from dl4gam_assets.segmentation import fill_gaps
+
+    storage = site.storage
+    path = storage.prediction(year, glacier_id)
+    if path.exists():
+        with storage.reading(path) as local:
+            tags = read_prediction_tags(local)
+        if tags.get("fingerprint") == wanted:
+            return dict(json.loads(tags["row"]))
+    start = time.perf_counter()
+    temperatures, hashes = calibration_of(site, fold)
+    with storage.reading(storage.cube(year, glacier_id)) as local, open_cube(local) as cube:
+        logits, valid = logits_of(site, cube, fold, device, threads)
+        mean, std = aggregate(logits, temperatures)
+        zone = cube_mask(cube, "zone_50")
+        dem = cube["dem"].to_numpy() if "dem" in cube else None
+        mean, std, filled = fill_gaps(mean, std, valid, zone, dem, site.region.inference)
+        allowed = cube_mask(cube, "zone_20")
+        grid = cube.odc.geobox
+        pixel = abs(grid.resolution.x * grid.resolution.y) / 1e6
+        area = float(((mean >= site.region.inference.threshold) & allowed).sum() * pixel)
+        features = tau_features(mean, std, allowed, area)
+        row = {
+            "glacier_id": glacier_id,
+            "fingerprint": wanted,
+            "cube_fingerprint": cube.attrs["fingerprint"],
+            "member_sha256": hashes,
+            "filled_share": float((filled & zone).sum() / max(int(zone.sum()), 1)),
+            "predicted_area_km2": area,
+            "mean_probability": float(features["mean_probability"]),
+            "epistemic_std": float(features["epistemic_std"]),
+            "aleatoric_std": float(features["aleatoric_std"]),
+        }
+        image_date = str(cube.attrs["image_date"])
+    row["seconds"] = time.perf_counter() - start
+    tags = {
+        "fingerprint": wanted, "row": json.dumps(row), "glacier_id": glacier_id, "year": str(year),
+        "image_date": image_date, "fold": fold_label(fold), "region": site.region.name,
+    }  # fmt: skip
+    with storage.writing(path) as temporary:
+        write_prediction(temporary, mean, std, grid, tags)
+    return row
+
+
+def prediction_preview(site: Site, year: int, glacier_id: str) -> bytes:
+    """Inventory and predicted outline over the image."""
+    from dl4gam_assets.cubes import cube_mask, open_cube
+    from dl4gam_assets.ensemble import read_prediction
+
+    storage = site.storage
+    with storage.reading(storage.cube(year, glacier_id)) as local, open_cube(local) as cube:
+        bands = {str(b): cube["reflectance"].sel(band=b).to_numpy() for b in cube["band"].to_numpy()}
+        outline, zone = cube_mask(cube, "glacier"), cube_mask(cube, "zone_20")
+        date = str(cube.attrs["image_date"])[:10]
+    with storage.reading(storage.prediction(year, glacier_id)) as local:
+        predicted = read_prediction(local)["mean"] >= site.region.inference.threshold
+    return previews.contours(
+        previews.true_colour(bands),
+        [(outline, "#ffffff", "inventory"), (predicted & zone, "#ff7f00", "predicted")],
+        f"{glacier_id}, {date}",
+        site.region.imagery.sensor.pixel_m,
+    )
+
+
+def glacier_predictions(ws: Workspace, year: int, fold: int, *, force: bool = False) -> StageResult:
+    """Map the fold's test glaciers of a year with the fold's calibrated ensemble."""
+    label = year_fold_label(year, fold)
+    inference = ws.region.inference.model_dump(mode="json")
+    inputs = {
+        "cubes": ws.upstream("glacier_cubes", str(year)),
+        "ensemble": ws.upstream("ensemble", fold_label(fold)),
+        "calibration": ws.upstream("calibration", fold_label(fold)),
+        "folds": ws.upstream("cross_validation_folds"),
+        "inference": inference,
+    }
+
+    def work() -> tuple[str, dict[str, Any], dict[str, bytes]]:
+        storage = ws.storage
+        calibration_of(ws.site, fold)  # refuses weights that the calibration never saw
+        folds = storage.read_table("folds")
+        tested = set(folds.loc[(folds["fold"] == fold) & (folds["role"] == "test"), "glacier_id"])
+        cubes = storage.read_table("cubes", year=year)
+        cubes = cubes[cubes["glacier_id"].isin(tested)]
+        device = choose_device(ws.device)
+        tasks = []
+        for cube in cubes.itertuples():
+            wanted = fingerprint(
+                [cube.fingerprint, inputs["ensemble"], inputs["calibration"], inference, ws.region.model.channels]
+            )
+            arguments = (ws.site, year, fold, cube.glacier_id, wanted, device, _threads(ws, device))
+            tasks.append((cube.glacier_id, arguments))
+        rows, failures = ws.over_glaciers("glacier_predictions", label, prediction_of, tasks)
+        frame = pd.DataFrame(list(rows.values()))
+        if not len(frame):
+            frame = TABLES["predictions"].empty().drop(columns=["year", "fold"])
+        storage.write_table("predictions", frame, {"year": year, "fold": fold})
+        pictures = {}
+        if len(frame):
+            largest = str(frame.loc[frame["predicted_area_km2"].idxmax(), "glacier_id"])
+            pictures["largest glacier"] = prediction_preview(ws.site, year, largest)
+        metadata = {
+            "glaciers": len(frame),
+            "failed_glaciers": len(failures),
+            "predicted_area_km2": float(frame["predicted_area_km2"].sum()),
+            "mean_probability": float(frame["mean_probability"].mean()) if len(frame) else None,
+            "mean_epistemic_std": float(frame["epistemic_std"].mean()) if len(frame) else None,
+            "mean_filled_share": float(frame["filled_share"].mean()) if len(frame) else None,
+        }
+        return frame_fingerprint(frame, ["seconds"]), metadata, pictures
+
+    return run_stage(ws, "glacier_predictions", label, inputs, work, force=force)
+
+
+def evaluation_of(site: Site, fold: int, glacier_id: str) -> pd.DataFrame:
+    """Evaluation rows of one held-out glacier: ensemble and baselines; runs in a worker process."""
+    from dl4gam_assets.change import evaluate_glacier
+    from dl4gam_assets.cubes import cube_mask, open_cube
+    from dl4gam_assets.ensemble import apply_baseline, read_prediction
+
+    storage, year = site.storage, site.region.years.baseline
+    baselines = cached_table(site, "baseline", fold=fold)
+    with storage.reading(storage.cube(year, glacier_id)) as local, open_cube(local) as opened:
+        cube = opened.load()
+    with storage.reading(storage.prediction(year, glacier_id)) as local:
+        masks = {"ensemble": read_prediction(local)["mean"] >= site.region.inference.threshold}
+    bands = {str(b): cube["reflectance"].sel(band=b).to_numpy() for b in cube["band"].to_numpy()}
+    for _, row in baselines.iterrows():
+        masks[str(row["method"])] = apply_baseline(bands, row)
+    assert cube_mask(cube, "glacier").any(), f"{glacier_id}: the cube does not contain its glacier"
+    return pd.concat([evaluate_glacier(mask, cube, method) for method, mask in masks.items()], ignore_index=True)
+
+
+def evaluation(ws: Workspace, fold: int, *, force: bool = False) -> StageResult:
+    """Judge the fold's held-out maps of the inventory year against the inventory, beside the baselines."""
+    baseline = ws.region.years.baseline
+    label = fold_label(fold)
+
+    def work() -> tuple[str, dict[str, Any], dict[str, bytes]]:
+        from dl4gam_assets.change import pooled_scores
+
+        ids = ws.storage.read_table("predictions", year=baseline, fold=fold)["glacier_id"].tolist()
+        values, failures = ws.over_glaciers("evaluation", label, evaluation_of, [(g, (ws.site, fold, g)) for g in ids])
+        frames = [f.assign(glacier_id=g, role="test") for g, f in values.items()]
+        frame = (
+            pd.concat(frames, ignore_index=True)
+            if frames
+            else TABLES["evaluation"].empty().drop(columns="fold")
+        )
+        ws.storage.write_table("evaluation", frame, {"fold": fold})
+        scores = pooled_scores(ws.storage.read_table("evaluation", fold=fold))
+        metadata: dict[str, Any] = {"glaciers": len(values), "failed_glaciers": len(failures)}
+        for row in scores.itertuples():
+            if row.scope != "debris":
+                metadata[f"{row.method}_{row.scope}_iou"] = _finite(row.iou)
+            else:
+                metadata[f"{row.method}_debris_recall"] = _finite(row.recall)
+        if ws.region.evaluation.note:
+            metadata["read_this_first"] = ws.region.evaluation.note
+        return frame_fingerprint(frame), metadata, {}
+
+    inputs = {
+        "predictions": ws.upstream("glacier_predictions", year_fold_label(baseline, fold)),
+        "baseline": ws.upstream("band_ratio_baseline", label),
+        "threshold": ws.region.inference.threshold,
+        "note": ws.region.evaluation.note,
+    }
+    return run_stage(ws, "evaluation", label, inputs, work, force=force)
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if value is not None and np.isfinite(float(value)) else None

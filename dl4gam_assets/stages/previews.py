@@ -1,0 +1,132 @@
+"""Small pictures for the UI: outlines over an image, maps, curves. PNG bytes of a few tens of kilobytes at most.
+
+Belongs here: drawing for people. Does not belong here: numbers that anything else reads.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+_BEST, _LOWER, _UPPER, _INVENTORY = "#ffd400", "#00c8ff", "#ff5fa2", "#ffffff"
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=90, layout="constrained")
+
+
+def _png(figure: Any, colours: int = 96) -> bytes:
+    """PNG with a reduced palette: pictures are kept in the event database."""
+    from PIL import Image
+
+    raw = io.BytesIO()
+    figure.savefig(raw, format="png")
+    raw.seek(0)
+    small = io.BytesIO()
+    Image.open(raw).convert("RGB").quantize(colours).save(small, format="png", optimize=True)
+    return small.getvalue()
+
+
+def outlines_map(glaciers: Any, column: str | None = None, title: str = "") -> bytes:
+    """Map of glacier outlines (EPSG:4326), coloured by a column of text where one is given."""
+    figure = _figure(5.0, 4.2)
+    axes = figure.subplots()
+    if column is None:
+        glaciers.plot(ax=axes, color="#9ecbe8", edgecolor="#20557a", linewidth=0.6)
+    else:
+        glaciers.plot(ax=axes, column=column, categorical=True, legend=True, cmap="tab10", edgecolor="k", linewidth=0.3)
+    middle = np.deg2rad(float(np.mean(glaciers.total_bounds[[1, 3]])))
+    axes.set_aspect(1 / max(np.cos(middle), 0.05))
+    axes.set_title(title, fontsize=9)
+    axes.tick_params(labelsize=7)
+    return _png(figure, 48)
+
+
+def true_colour(reflectance: Mapping[str, np.ndarray]) -> np.ndarray:
+    """RGB picture (H, W, 3) uint8 of the best bands there are; missing pixels are grey.
+
+    Natural colour where red, green and blue exist, otherwise the three brightest-named bands in their order.
+    """
+    names = list(reflectance)
+    order = ["red", "green", "blue"] if {"red", "green", "blue"} <= set(names) else (names * 3)[:3]
+    bands = []
+    for name in order:
+        band = np.asarray(reflectance[name], dtype=np.float32)
+        bands.append(band)
+    stack = np.stack(bands, axis=-1)
+    good = np.isfinite(stack).all(axis=-1)
+    high = float(np.percentile(stack[good], 98)) if good.any() else 1.0
+    picture = np.clip(stack / max(high, 1e-6), 0, 1) ** 0.7
+    picture[~good] = 0.5
+    return (picture * 255).astype(np.uint8)
+
+
+def contours(
+    picture: np.ndarray, masks: Sequence[tuple[np.ndarray, str, str]], title: str = "", pixel_m: float = 10.0
+) -> bytes:
+    """Edges of masks, as ``(mask, colour, label)``, over a picture (H, W, 3)."""
+    height, width = picture.shape[:2]
+    figure = _figure(4.2, min(6.0, max(2.5, 4.2 * height / width + 0.4)))
+    axes = figure.subplots()
+    axes.imshow(picture, interpolation="nearest")
+    handles = []
+    for mask, colour, label in masks:
+        if mask.any() and not mask.all():
+            axes.contour(mask.astype(float), levels=[0.5], colors=[colour], linewidths=0.9)
+            handles.append(axes.plot([], [], color=colour, label=label)[0])
+    if handles:
+        axes.legend(handles=handles, fontsize=6, loc="lower right", facecolor="#444", labelcolor="w")
+    bar = 10 ** np.floor(np.log10(max(width * pixel_m / 3, 1)))
+    axes.plot([5, 5 + bar / pixel_m], [height - 6] * 2, color="w", linewidth=2)
+    axes.text(5, height - 10, f"{bar / 1000:g} km", color="w", fontsize=6, va="bottom")
+    axes.set_axis_off()
+    axes.set_title(title, fontsize=8)
+    return _png(figure)
+
+
+def curves(frame: pd.DataFrame, x: str, ys: Sequence[str], title: str = "") -> bytes:
+    """Columns ``ys`` against ``x``; one panel each."""
+    figure = _figure(2.4 * len(ys) + 0.6, 2.3)
+    for axes, name in zip(np.atleast_1d(figure.subplots(1, len(ys))), ys, strict=True):
+        axes.plot(frame[x], frame[name], marker="o", markersize=2.5, linewidth=1, color="#20557a")
+        axes.set_title(name.replace("_", " "), fontsize=8)
+        axes.tick_params(labelsize=6)
+        axes.grid(alpha=0.3)
+    figure.suptitle(title, fontsize=8)
+    return _png(figure, 24)
+
+
+def reliability(before: pd.DataFrame, after: pd.DataFrame, title: str = "") -> bytes:
+    """Reliability diagram: observed frequency against predicted probability, before and after calibration."""
+    figure = _figure(3.0, 2.8)
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color="#888", linewidth=0.8, linestyle="--")
+    for frame, colour, label in ((before, "#d55e00", "before"), (after, "#0072b2", "after")):
+        axes.plot(frame["confidence"], frame["frequency"], marker="o", markersize=2.5, linewidth=1, color=colour, label=label)
+    axes.set_xlabel("predicted probability", fontsize=7)
+    axes.set_ylabel("observed share of glacier", fontsize=7)
+    axes.tick_params(labelsize=6)
+    axes.legend(fontsize=7)
+    axes.set_title(title, fontsize=8)
+    return _png(figure, 24)
+
+
+def area_series(frame: pd.DataFrame, title: str = "") -> bytes:
+    """Regional area by year with its one-sigma bar; columns year, area_km2, std_km2."""
+    figure = _figure(3.6, 2.4)
+    axes = figure.subplots()
+    axes.errorbar(
+        frame["year"].astype(int), frame["area_km2"], yerr=frame["std_km2"], fmt="o-", color="#20557a", markersize=3,
+        linewidth=1, capsize=2,
+    )  # fmt: skip
+    axes.set_ylabel("area (km2)", fontsize=7)
+    axes.tick_params(labelsize=6)
+    axes.grid(alpha=0.3)
+    axes.set_title(title, fontsize=8)
+    return _png(figure, 24)

@@ -1,0 +1,238 @@
+"""Where results live: one root (local folder or object-store URL), atomic writes, hive-partitioned tables.
+
+Belongs here: paths of cubes, models, predictions, tables and reports below a region's root; writing them so that a
+half-written file is never visible under its final name; turning glacier ids into file names.
+Does not belong here: Dagster, and what the content means (see ``tables`` for the schemas).
+
+Layout below the root of a region::
+
+    inputs/                                  made only for simulated regions
+    cubes/year=2023/<glacier>.nc
+    models/fold=1/member=01/                 model.safetensors, model.json, history.parquet
+    predictions/year=2023/<glacier>.tif
+    tables/<table>/year=2023/fold=1/part.parquet
+    state/<asset>/<partition>.json           fingerprints: what a partition was made from
+    outlines/, reports/, stac/               what is handed on
+    results.duckdb
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
+
+import pandas as pd
+from upath import UPath
+
+from dl4gam_assets.tables import TABLES
+
+_TEMPORARY = ".tmp-"
+
+
+def safe_name(glacier_id: str) -> str:
+    """File name of a glacier: the id with everything but letters, digits, ``-``, ``_`` and ``.`` percent-encoded.
+
+    Reversible by :func:`glacier_id_of`; never empty, never ``.`` or ``..``, never longer than 200 characters.
+
+    Raises
+    ------
+    ValueError
+        if the id is empty or too long for a file name.
+    """
+    name = quote(glacier_id, safe="")
+    name = name.replace("~", "%7E")
+    if name.startswith("."):
+        name = "%2E" + name[1:]
+    if not name or len(name) > 200:
+        raise ValueError(f"glacier id {glacier_id[:40]!r}... can not become a file name (empty or over 200 characters)")
+    return name
+
+
+def glacier_id_of(name: str) -> str:
+    """The glacier id behind a file name made by :func:`safe_name`."""
+    return unquote(name)
+
+
+class Storage:
+    """Files of one region below ``root`` (a local path or any fsspec URL)."""
+
+    def __init__(self, root: str | os.PathLike[str]):
+        self.root = UPath(root)
+
+    def __repr__(self) -> str:
+        return f"Storage({str(self.root)!r})"
+
+    @property
+    def is_local(self) -> bool:
+        return self.root.protocol in ("", "file", "local")
+
+    # ------------------------------------------------------------------ paths
+    def path(self, *parts: str) -> UPath:
+        return self.root.joinpath(*parts)
+
+    def inputs(self) -> UPath:
+        return self.path("inputs")
+
+    def cube(self, year: int, glacier_id: str) -> UPath:
+        return self.path("cubes", f"year={year}", f"{safe_name(glacier_id)}.nc")
+
+    def prediction(self, year: int, glacier_id: str) -> UPath:
+        return self.path("predictions", f"year={year}", f"{safe_name(glacier_id)}.tif")
+
+    def model(self, fold: int, member: int) -> UPath:
+        return self.path("models", f"fold={fold}", f"member={member:02d}")
+
+    def table(self, name: str, partition: Mapping[str, object] | None = None) -> UPath:
+        folders = [f"{key}={value}" for key, value in (partition or {}).items()]
+        return self.path("tables", name, *folders, "part.parquet")
+
+    # ------------------------------------------------------------------ atomic files
+    @contextlib.contextmanager
+    def writing(self, path: UPath | os.PathLike[str]) -> Iterator[Path]:
+        """A local temporary path to write to; moved to ``path`` if the block ends without an exception.
+
+        On a local store the temporary file lies beside the final one, so the move is one atomic rename. On an object
+        store the finished file is uploaded, which is atomic there.
+        """
+        target = UPath(path)
+        suffix = "".join(target.suffixes[-1:])
+        if self.is_local:
+            final = Path(str(target))
+            final.parent.mkdir(parents=True, exist_ok=True)
+            temporary = final.with_name(f"{_TEMPORARY}{secrets.token_hex(6)}-{final.stem[:80]}{suffix}")
+            try:
+                yield temporary
+                with open(temporary, "rb") as handle:
+                    os.fsync(handle.fileno())
+                os.replace(temporary, final)
+            finally:
+                temporary.unlink(missing_ok=True)
+        else:
+            with tempfile.TemporaryDirectory(prefix="dl4gam-") as folder:
+                temporary = Path(folder) / f"file{suffix}"
+                yield temporary
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.fs.put_file(str(temporary), target.path)
+
+    @contextlib.contextmanager
+    def reading(self, path: UPath | os.PathLike[str]) -> Iterator[Path]:
+        """A local path with the content of ``path`` (itself on a local store, a temporary copy otherwise)."""
+        source = UPath(path)
+        if self.is_local:
+            yield Path(str(source))
+            return
+        with tempfile.TemporaryDirectory(prefix="dl4gam-") as folder:
+            local = Path(folder) / source.name
+            source.fs.get_file(source.path, str(local))
+            yield local
+
+    def write_text(self, path: UPath, text: str) -> None:
+        with self.writing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+    def write_json(self, path: UPath, content: Any) -> None:
+        self.write_text(path, json.dumps(content, indent=1, sort_keys=True, default=str))
+
+    def read_json(self, path: UPath) -> Any | None:
+        """The content of a JSON file, or None where there is none."""
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+
+    def remove_stale(self, folder: str = "", older_than_s: float = 86_400.0) -> int:
+        """Remove temporary files that a killed run left below ``folder``; returns how many."""
+        if not self.is_local:
+            return 0
+        import time
+
+        removed = 0
+        for path in Path(str(self.path(folder) if folder else self.root)).rglob(f"{_TEMPORARY}*"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > older_than_s:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                    removed += 1
+        return removed
+
+    # ------------------------------------------------------------------ tables
+    def write_table(self, name: str, frame: pd.DataFrame, partition: Mapping[str, object] | None = None) -> UPath:
+        """Check ``frame`` against the schema of ``name`` and write it as one Parquet file of that partition.
+
+        Partition columns are taken out of the frame (they live in the path). Geometry columns make it GeoParquet.
+        Replaces what the partition held before.
+        """
+        table = TABLES[name]
+        partition = dict(partition or {})
+        if set(partition) != set(table.partitioned_by):
+            raise ValueError(f"table {name} is partitioned by {table.partitioned_by}, not by {tuple(partition)}")
+        frame = table.conform(frame, partition).drop(columns=list(partition)).reset_index(drop=True)
+        path = self.table(name, partition)
+        with self.writing(path) as temporary:
+            if table.geometry:
+                frame.to_parquet(temporary, index=False, schema_version="1.1.0", compression="zstd")
+            else:
+                frame.to_parquet(temporary, index=False, compression="zstd", engine="pyarrow")
+        return path
+
+    def partitions(self, name: str) -> list[dict[str, str]]:
+        """The partitions of a table that exist, as mappings of column to text, sorted by path."""
+        base = self.path("tables", name)
+        found = []
+        for file in sorted(base.rglob("part.parquet"), key=str) if base.exists() else []:
+            relative = str(file)[len(str(base)) :]
+            found.append(dict(re.findall(r"([^/=\\]+)=([^/\\]+)", relative)))
+        return found
+
+    def read_table(self, name: str, **where: object) -> pd.DataFrame:
+        """All rows of the partitions that match ``where``; a GeoDataFrame where the table has a geometry.
+
+        A value may be a list of allowed ones. Where no partition matches, the frame is empty with the right columns.
+        """
+        table = TABLES[name]
+        unknown = set(where) - set(table.partitioned_by)
+        if unknown:
+            raise ValueError(f"table {name} is not partitioned by {sorted(unknown)}")
+        frames = []
+        for partition in self.partitions(name):
+            if all(_matches(partition.get(key, ""), value) for key, value in where.items()):
+                frame = self._read_part(name, partition)
+                for key, text in partition.items():
+                    frame[key] = int(text) if table.column(key).dtype == "int64" else text
+                frames.append(frame)
+        if not frames:
+            return table.empty()
+        joined = pd.concat([f for f in frames if len(f)] or frames[:1], ignore_index=True)
+        return table.conform(joined)
+
+    def _read_part(self, name: str, partition: Mapping[str, object]) -> pd.DataFrame:
+        with self.reading(self.table(name, partition)) as local:
+            if TABLES[name].geometry:
+                import geopandas as gpd
+
+                return gpd.read_parquet(local)
+            return pd.read_parquet(local, partitioning=None)
+
+    # ------------------------------------------------------------------ state of partitions
+    def state_path(self, asset: str, partition: str = "all") -> UPath:
+        return self.path("state", asset, f"{safe_name(partition)}.json")
+
+    def read_state(self, asset: str, partition: str = "all") -> dict[str, Any] | None:
+        return self.read_json(self.state_path(asset, partition))
+
+    def write_state(self, asset: str, partition: str, state: Mapping[str, Any]) -> None:
+        self.write_json(self.state_path(asset, partition), dict(state))
+
+
+def _matches(text: str, value: object) -> bool:
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return any(text == str(v) for v in value)
+    return text == str(value)

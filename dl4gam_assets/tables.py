@@ -1,0 +1,401 @@
+"""The schema of every table: column, type, unit, meaning. One truth for Parquet, checks, DuckDB and the docs.
+
+Belongs here: table definitions and the coercion of a frame to one.
+Does not belong here: Dagster, file access, how values are computed.
+Units are in the column names; areas are km2, lengths m, times UTC.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+_PANDAS = {
+    "string": "string",
+    "int64": "Int64",
+    "float64": "float64",
+    "bool": "boolean",
+    "timestamp": "datetime64[us]",
+    "geometry": "geometry",
+}
+
+
+class TableError(ValueError):
+    """A frame does not fit its table. The message names the table, the column and the first wrong rows."""
+
+
+@dataclass(frozen=True)
+class Column:
+    name: str
+    dtype: str
+    meaning: str
+    key: bool = False
+    nullable: bool = True
+    minimum: float | None = None
+    maximum: float | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    name: str
+    meaning: str
+    columns: tuple[Column, ...]
+    partitioned_by: tuple[str, ...] = ()
+
+    @property
+    def geometry(self) -> str | None:
+        return next((c.name for c in self.columns if c.dtype == "geometry"), None)
+
+    @property
+    def keys(self) -> list[str]:
+        return [c.name for c in self.columns if c.key]
+
+    def column(self, name: str) -> Column:
+        return next(c for c in self.columns if c.name == name)
+
+    def empty(self) -> pd.DataFrame:
+        return self.conform(pd.DataFrame({c.name: [] for c in self.columns}))
+
+    def conform(self, frame: pd.DataFrame, partition: Mapping[str, Any] | None = None) -> pd.DataFrame:
+        """Order and cast columns, and check presence, nulls, key uniqueness and ranges.
+
+        Missing nullable columns are filled with null; unknown columns are refused.
+
+        Raises
+        ------
+        TableError
+            naming the table, the column and the first offending keys.
+        """
+        names = [c.name for c in self.columns]
+        extra = [c for c in frame.columns if c not in names]
+        if extra:
+            raise TableError(f"table {self.name}: unknown columns {extra}")
+        out: dict[str, Any] = {}
+        for column in self.columns:
+            if partition and column.name in partition:
+                values: Any = pd.Series([partition[column.name]] * len(frame), index=frame.index)
+            elif column.name in frame:
+                values = frame[column.name]
+            elif column.nullable:
+                values = pd.Series([None] * len(frame), index=frame.index, dtype=object)
+            else:
+                raise TableError(f"table {self.name}: column {column.name!r} is missing")
+            out[column.name] = self._cast(column, values)
+        if self.geometry:
+            import geopandas as gpd
+
+            crs = getattr(frame, "crs", None) or "EPSG:4326"
+            result: pd.DataFrame = gpd.GeoDataFrame(out, geometry=self.geometry, crs=crs, index=frame.index)
+        else:
+            result = pd.DataFrame(out, index=frame.index)
+        self._check(result)
+        return result
+
+    def _cast(self, column: Column, values: pd.Series) -> Any:
+        if column.dtype == "geometry":
+            return values
+        try:
+            if column.dtype == "timestamp":
+                times = pd.to_datetime(values, utc=True)
+                return times.dt.tz_localize(None).astype("datetime64[us]")
+            if column.dtype == "int64" and values.dtype == object:
+                values = pd.to_numeric(values)
+            return values.astype(_PANDAS[column.dtype])  # type: ignore[call-overload]
+        except (TypeError, ValueError) as error:
+            raise TableError(f"table {self.name}: column {column.name!r} is not {column.dtype}: {error}") from error
+
+    def _check(self, frame: pd.DataFrame) -> None:
+        for column in self.columns:
+            values = frame[column.name]
+            if not column.nullable and values.isna().any():
+                raise TableError(f"table {self.name}: {column.name!r} is empty in rows {self._rows(frame, values.isna())}")
+            for bound, wrong in (
+                (column.minimum, lambda v, b: v < b - 1e-9),
+                (column.maximum, lambda v, b: v > b + 1e-9),
+            ):
+                if bound is not None:
+                    bad = wrong(values.astype("float64"), bound)
+                    if bad.any():
+                        raise TableError(
+                            f"table {self.name}: {column.name!r} is outside [{column.minimum}, {column.maximum}] "
+                            f"in rows {self._rows(frame, bad)}"
+                        )
+            if column.dtype == "float64" and np.isinf(values.to_numpy(dtype=float)).any():
+                raise TableError(f"table {self.name}: {column.name!r} is infinite in some rows")
+        if self.keys:
+            duplicated = frame.duplicated(self.keys)
+            if duplicated.any():
+                raise TableError(f"table {self.name}: duplicate keys {self._rows(frame, duplicated)}")
+
+    def _rows(self, frame: pd.DataFrame, mask: pd.Series) -> list[dict[str, Any]]:
+        return frame.loc[mask.to_numpy(dtype=bool), self.keys].head(3).to_dict("records")
+
+
+def _c(name: str, dtype: str, meaning: str, **kw: Any) -> Column:
+    return Column(name, dtype, meaning, **kw)
+
+
+_ID = _c("glacier_id", "string", "Glacier id as in the inventory", key=True, nullable=False)
+_YEAR = _c("year", "int64", "Year partition", key=True, nullable=False)
+_FOLD = _c("fold", "int64", "Cross-validation iteration, 1..n", key=True, nullable=False, minimum=1)
+
+
+_SCENE = (
+    _c("date", "timestamp", "Acquisition date of the image", key=True, nullable=False),
+    _c("scene_ids", "string", "Ids of the catalog items, joined by '+', in mosaicking order", nullable=False),
+    _c("hrefs", "string", "JSON: item id -> asset -> address", nullable=True),
+    _c("checksums", "string", "JSON: item id -> checksum or size and time stamp of its assets"),
+    _c("coverage", "float64", "Valid share of the coverage geometry", minimum=0, maximum=1),
+    _c("cloud_share", "float64", "Cloudy or missing share of glacier and buffer", minimum=0, maximum=1),
+    _c("ndsi", "float64", "Mean NDSI of the ice-free surroundings (seasonal snow)", minimum=-1, maximum=1),
+    _c("ndsi_pixels", "int64", "Clean pixels behind it", minimum=0),
+    _c("albedo", "float64", "Mean broadband albedo of clean pixels"),
+    _c("albedo_pixels", "int64", "Clean pixels behind it", minimum=0),
+    _c("snow_score", "string", "What judged seasonal snow: ndsi, or the fallback that was used"),
+)
+
+
+def _areas(noun: str) -> tuple[Column, ...]:
+    return (
+        _c("area_km2", "float64", f"{noun}: best estimate", minimum=0),
+        _c("lower_km2", "float64", f"{noun}: lower bound of the calibrated interval", minimum=0),
+        _c("upper_km2", "float64", f"{noun}: upper bound of the calibrated interval", minimum=0),
+        _c("std_km2", "float64", f"{noun}: (upper - lower) / 2", minimum=0),
+    )
+
+
+_AREA = (
+    _ID, _YEAR, *_areas("Glacier area"),
+    _c("fold", "int64", "Cross-validation iteration that made the estimate", nullable=False),
+    _c("image_date", "timestamp", "Acquisition date of the image", nullable=False),
+    _c("tau", "float64", "tau of the interval", minimum=0, maximum=0.5),
+    _c("inventory_area_km2", "float64", "Area of the inventory outline on the same pixels", minimum=0),
+    _c("recall", "float64", "Predicted share of the inventory outline", minimum=0, maximum=1),
+    _c("false_positive_rate", "float64", "Predicted share of the ice-free ring 20 to 50 m outside", minimum=0, maximum=1),
+    _c("debris_km2", "float64", "Debris-covered area inside the outline", minimum=0),
+    _c("debris_recall", "float64", "Predicted share of it (null under 1% debris)", minimum=0, maximum=1),
+    _c("terminus_m", "float64", "Lowest predicted elevation: median of the lowest 30 pixels, metres"),
+    _c("filled_share", "float64", "Share of the 50 m zone whose values were filled", minimum=0, maximum=1),
+    _c("usable_share", "float64", "Share of the 20 m zone with usable pixels", minimum=0, maximum=1),
+)  # fmt: skip
+
+_TABLES = [
+    Table("glaciers", "Glacier outlines of the inventory, one row a glacier (geometry EPSG:4326).", (
+        _ID,
+        _c("glacier_int", "int64", "Integer id used in rasters, 1..n in the order of the inventory", nullable=False, minimum=1),
+        _c("name", "string", "Name"),
+        _c("country", "string", "Country code"),
+        _c("inventory_date", "timestamp", "Acquisition date of the outline"),
+        _c("inventory_area_km2", "float64", "Area of the outline, computed in its UTM zone", nullable=False, minimum=0),
+        _c("stated_area_km2", "float64", "Area as the inventory's own column states it", minimum=0),
+        _c("lon", "float64", "Longitude of a point inside the outline, degrees", nullable=False),
+        _c("lat", "float64", "Latitude of that point, degrees", nullable=False),
+        _c("utm_epsg", "int64", "EPSG code of the UTM zone of that point", nullable=False),
+        _c("modelled", "bool", "At least min_area_km2, so mapped by the ensemble", nullable=False),
+        _c("geometry", "geometry", "Outline", nullable=False),
+    )),
+    Table("zones", "Buffers around the outlines that do not overlap between neighbours (EPSG:4326).", (
+        _ID,
+        _c("buffer_m", "int64", "Distance from the outline in metres; negative is inside", key=True, nullable=False),
+        _c("geometry", "geometry", "Zone: outline and buffer up to that distance, cut halfway to the neighbours", nullable=False),
+    )),
+    Table("debris", "Debris-covered ice, merged from all sources, one row a glacier that has some (EPSG:4326).", (
+        _ID,
+        _c("debris_km2", "float64", "Debris-covered area inside the outline", nullable=False, minimum=0),
+        _c("geometry", "geometry", "Debris-covered part of the outline", nullable=False),
+    )),
+    Table("folds", "Geographic cross-validation: role of each modelled glacier in each iteration.", (
+        _ID, _FOLD,
+        _c("role", "string", "train, valid or test", nullable=False),
+    )),
+    Table("elevations", "Elevation of each modelled glacier from the DEM.", (
+        _ID,
+        _c("elevation_min_m", "float64", "Lowest elevation inside the outline"),
+        _c("elevation_mean_m", "float64", "Mean elevation inside the outline"),
+        _c("elevation_max_m", "float64", "Highest elevation inside the outline"),
+        _c("slope_mean_deg", "float64", "Mean slope inside the outline"),
+        _c("missing_share", "float64", "Share of the grid without elevation", nullable=False, minimum=0, maximum=1),
+        _c("fingerprint", "string", "Hash of what the layers were made from", nullable=False),
+    )),
+    Table("elevation_changes", "Elevation change matched to each glacier and year.", (
+        _ID, _YEAR,
+        _c("period_start", "int64", "First year of the dh/dt period (null: none available)"),
+        _c("period_end", "int64", "Last year of the dh/dt period"),
+        _c("dhdt_mean_m_per_year", "float64", "Mean dh/dt inside the outline"),
+        _c("missing_share", "float64", "Share of the grid without dh/dt", nullable=False, minimum=0, maximum=1),
+        _c("fingerprint", "string", "Hash of what the layer was made from", nullable=False),
+    ), ("year",)),
+    Table("candidates", "Every candidate image of a glacier with its scores, before ranking.", (
+        _ID, _YEAR, *_SCENE,
+        _c("reason", "string", "Why it can not be used, where it could not be read"),
+    ), ("year",)),
+    Table("scenes", "Every candidate image of a glacier with its scores, rank and the reason of the choice.", (
+        _ID, _YEAR, *_SCENE,
+        _c("rank", "int64", "1 is best; null: not acceptable", minimum=1),
+        _c("score", "float64", "Ranking score; lower is better"),
+        _c("selected", "bool", "The image used", nullable=False),
+        _c("reason", "string", "Why it was selected or not", nullable=False),
+    ), ("year",)),
+    Table("cubes", "One row a glacier cube that was built.", (
+        _ID, _YEAR,
+        _c("image_date", "timestamp", "Acquisition date of the image in the cube", nullable=False),
+        _c("scene_ids", "string", "Catalog items", nullable=False),
+        _c("fingerprint", "string", "Hash of everything the cube was made from", nullable=False),
+        _c("height_px", "int64", "Rows", nullable=False), _c("width_px", "int64", "Columns", nullable=False),
+        _c("utm_epsg", "int64", "CRS of the grid", nullable=False),
+        _c("not_ok_share", "float64", "Share of the glacier's 20 m zone without usable pixels", minimum=0, maximum=1),
+        _c("dem_missing_share", "float64", "Share of the cube without elevation", minimum=0, maximum=1),
+        _c("dhdt_missing_share", "float64", "Share of the cube without elevation change", minimum=0, maximum=1),
+        _c("size_bytes", "int64", "Size of the file", nullable=False),
+    ), ("year",)),
+    Table("normalization", "Mean and standard deviation of each channel over the fold's training glaciers.", (
+        _FOLD,
+        _c("channel", "string", "Channel", key=True, nullable=False),
+        _c("mean", "float64", "Mean of valid pixels", nullable=False),
+        _c("std", "float64", "Standard deviation of valid pixels", nullable=False, minimum=0),
+        _c("n_pixels", "int64", "Valid pixels", nullable=False),
+        _c("standardized", "bool", "False: the channel enters as it is (indices, slope, aspect)", nullable=False),
+    ), ("fold",)),
+    Table("members", "Trained ensemble members.", (
+        _FOLD,
+        _c("member", "int64", "Member, 1..n", key=True, nullable=False, minimum=1),
+        _c("seed", "int64", "Seed", nullable=False),
+        _c("sha256", "string", "Hash of the weights file", nullable=False),
+        _c("best_epoch", "int64", "Epoch of the kept weights", nullable=False),
+        _c("validation_iou", "float64", "IoU over validation glaciers weighted by area, kept weights", minimum=0, maximum=1),
+        _c("epochs", "int64", "Epochs trained", nullable=False),
+        _c("train_patches", "int64", "Patches an epoch", nullable=False),
+        _c("seconds", "float64", "Training time", minimum=0),
+        _c("parameters", "int64", "Number of weights"),
+        _c("fingerprint", "string", "Hash of settings, data and code the member was trained from", nullable=False),
+    ), ("fold", "member")),
+    Table("calibration", "Calibration of each fold: temperatures and the rule that gives tau.", (
+        _FOLD,
+        _c("member", "int64", "Member", key=True, nullable=False),
+        _c("sha256", "string", "Hash of the member's weights that were calibrated", nullable=False),
+        _c("temperature", "float64", "Temperature of the member's logits", nullable=False, minimum=0),
+        _c("ece_before", "float64", "Expected calibration error of the ensemble, before", minimum=0, maximum=1),
+        _c("ece_after", "float64", "Expected calibration error of the ensemble, after", minimum=0, maximum=1),
+        _c("method", "string", "quantile_regression, or regional_quantile where validation glaciers are few"),
+        _c("n_glaciers", "int64", "Validation glaciers behind tau"),
+        _c("coefficients", "string", "JSON: intercept and coefficients of logit(tau / 0.5), and feature scaling"),
+        _c("validation_coverage", "float64", "Share of validation areas inside their interval", minimum=0, maximum=1),
+    ), ("fold",)),
+    Table("baseline", "Band-ratio baseline of each fold.", (
+        _FOLD,
+        _c("method", "string", "Name of the baseline", key=True, nullable=False),
+        _c("numerator", "string", "Numerator band"), _c("denominator", "string", "Denominator band"),
+        _c("ratio_threshold", "float64", "Ice where the ratio is at least this"),
+        _c("blue_threshold", "float64", "Ice only where blue (reflectance x 10000) is at least this; null: unused"),
+        _c("fit_iou", "float64", "Area-weighted IoU on training and validation glaciers", minimum=0, maximum=1),
+    ), ("fold",)),
+    Table("taus", "The interval's tau of each glacier, found in the inventory year and used in all years.", (
+        _ID,
+        _c("tau", "float64", "Threshold of the interval masks", nullable=False, minimum=0, maximum=0.5),
+        _FOLD,
+    ), ("fold",)),
+    Table("predictions", "One row a glacier map that was predicted.", (
+        _ID, _YEAR, _FOLD,
+        _c("fingerprint", "string", "Hash of cube, members, temperatures and inference settings", nullable=False),
+        _c("cube_fingerprint", "string", "Cube that was used", nullable=False),
+        _c("member_sha256", "string", "Hashes of the members' weights, joined by ','", nullable=False),
+        _c("filled_share", "float64", "Share of the 50 m zone whose values were filled", minimum=0, maximum=1),
+        _c("predicted_area_km2", "float64", "Area at or above the threshold in the 20 m zone", minimum=0),
+        _c("mean_probability", "float64", "Mean probability in the 20 m zone", minimum=0, maximum=1),
+        _c("epistemic_std", "float64", "sqrt of the mean variance between members in the 20 m zone", minimum=0),
+        _c("aleatoric_std", "float64", "sqrt of the mean p(1-p) in the 20 m zone", minimum=0),
+        _c("seconds", "float64", "Time of the prediction", minimum=0),
+    ), ("year", "fold")),
+    Table("areas", "Area of each glacier in each year, with the calibrated interval.", _AREA, ("year", "fold")),
+    Table("baseline_areas", "Area of each glacier in the baseline year: the areas that change is measured from.", _AREA),
+    Table("evaluation", "Held-out quality by glacier, fold and method, in the inventory year.", (
+        _ID, _FOLD,
+        _c("role", "string", "test or valid", nullable=False),
+        _c("method", "string", "ensemble or the name of a baseline", key=True, nullable=False),
+        _c("scope", "string", "scene: every valid pixel of the glacier's cell in the full scene; ring: within 50 m (the paper's); "
+           "debris: debris-covered pixels (recall only)", key=True, nullable=False),
+        _c("n_pixels", "int64", "Pixels judged", nullable=False, minimum=0),
+        _c("true_positive", "int64", "Pixels", nullable=False, minimum=0),
+        _c("false_positive", "int64", "Pixels", nullable=False, minimum=0),
+        _c("false_negative", "int64", "Pixels", nullable=False, minimum=0),
+        _c("iou", "float64", "Intersection over union", minimum=0, maximum=1),
+        _c("precision", "float64", "Precision", minimum=0, maximum=1),
+        _c("recall", "float64", "Recall", minimum=0, maximum=1),
+        _c("f1", "float64", "F1", minimum=0, maximum=1),
+    ), ("fold",)),
+    Table("outlines", "Predicted outlines of each year: best, lower and upper (EPSG:4326).", (
+        _ID, _YEAR,
+        _c("bound", "string", "best, lower or upper", key=True, nullable=False),
+        _c("area_km2", "float64", "Area of the sieved outline in its UTM zone", nullable=False, minimum=0),
+        _c("geometry", "geometry", "Outline", nullable=False),
+    ), ("year",)),
+    Table("changes", "Area change of each glacier against the baseline.", (
+        _ID, _YEAR,
+        _c("baseline_year", "int64", "Baseline partition", nullable=False),
+        _c("baseline_date", "timestamp", "Date of the baseline image", nullable=False),
+        _c("image_date", "timestamp", "Date of the image", nullable=False),
+        _c("years", "float64", "Time between them in years"),
+        _c("baseline_area_km2", "float64", "Area in the baseline", nullable=False, minimum=0),
+        _c("baseline_std_km2", "float64", "Its standard deviation", nullable=False, minimum=0),
+        _c("area_km2", "float64", "Area in the year", nullable=False, minimum=0),
+        _c("std_km2", "float64", "Its standard deviation", nullable=False, minimum=0),
+        _c("rate_km2_per_year", "float64", "Rate of change", nullable=False),
+        _c("rate_std_km2_per_year", "float64", "Its standard deviation", nullable=False, minimum=0),
+        _c("rate_pct_per_year", "float64", "Rate in percent of the baseline area"),
+        _c("rate_std_pct_per_year", "float64", "Its standard deviation", minimum=0),
+        _c("snr", "float64", "|rate| / standard deviation", minimum=0),
+        _c("recall", "float64", "Recall in the inventory year", minimum=0, maximum=1),
+        _c("ok", "bool", "Passes the quality filter (snr and recall)", nullable=False),
+        _c("flags", "string", "Reasons where it does not, joined by ','"),
+    ), ("year",)),
+    Table("regional_changes", "Totals by region, country and size class.", (
+        _YEAR,
+        _c("grouping", "string", "region, country or size_class", key=True, nullable=False),
+        _c("group", "string", "Name of the group", key=True, nullable=False),
+        _c("method", "string", "measured (all measured glaciers), filtered (quality filter) or extrapolated (all glaciers)", key=True, nullable=False),
+        _c("baseline_year", "int64", "Baseline partition", nullable=False),
+        _c("n_glaciers", "int64", "Glaciers in the total", nullable=False, minimum=0),
+        _c("n_measured", "int64", "Of which measured", nullable=False, minimum=0),
+        _c("years", "float64", "Area-weighted time since the baseline, years"),
+        _c("baseline_area_km2", "float64", "Area in the baseline", minimum=0),
+        _c("baseline_std_km2", "float64", "Its standard deviation", minimum=0),
+        _c("area_km2", "float64", "Area in the year", minimum=0),
+        _c("std_km2", "float64", "Its standard deviation", minimum=0),
+        _c("rate_km2_per_year", "float64", "Rate of change (null in the baseline year)"),
+        _c("rate_std_km2_per_year", "float64", "Its standard deviation", minimum=0),
+        _c("rate_pct_per_year", "float64", "Rate in percent of the baseline area"),
+        _c("rate_std_pct_per_year", "float64", "Its standard deviation", minimum=0),
+        _c("correlation", "float64", "Correlation of errors between glaciers that the deviation assumes", minimum=0, maximum=1),
+    ), ("year",)),
+    Table("failures", "Glaciers that a stage could not do, and why. Replaced when the stage runs again.", (
+        _ID,
+        _c("stage", "string", "Asset that failed", key=True, nullable=False),
+        _c("partition", "string", "Partition of that asset", key=True, nullable=False),
+        _c("error", "string", "What happened and what to do", nullable=False),
+        _c("kind", "string", "Class of the error", nullable=False),
+        _c("time", "timestamp", "When, UTC", nullable=False),
+    ), ("stage", "partition")),
+    Table("lineage", "Where each estimate comes from, one row a glacier and year.", (
+        _ID, _YEAR,
+        _c("fold", "int64", "Cross-validation iteration", nullable=False),
+        _c("scene_ids", "string", "Catalog items of the image", nullable=False),
+        _c("image_date", "timestamp", "Date of the image", nullable=False),
+        _c("checksums", "string", "JSON: item id -> checksums"),
+        _c("cube_fingerprint", "string", "Cube", nullable=False),
+        _c("dem_source", "string", "Elevation"),
+        _c("dhdt_source", "string", "Elevation change"),
+        _c("member_sha256", "string", "Weights, joined by ','", nullable=False),
+        _c("calibration_fingerprint", "string", "Calibration", nullable=False),
+        _c("prediction_fingerprint", "string", "Prediction", nullable=False),
+        _c("settings_fingerprint", "string", "Settings of the region", nullable=False),
+        _c("code_version", "string", "Version of the package, and commit where known", nullable=False),
+        _c("run_ids", "string", "JSON: asset -> Dagster run id"),
+        _c("time", "timestamp", "When the estimate was made, UTC", nullable=False),
+    ), ("year", "fold")),
+]  # fmt: skip
+
+TABLES: dict[str, Table] = {table.name: table for table in _TABLES}
