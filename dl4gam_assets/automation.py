@@ -58,9 +58,11 @@ def with_conditions(assets: list[dg.AssetsDefinition]) -> list[dg.AssetsDefiniti
     condition = dg.AutomationCondition.eager() & ~dg.AutomationCondition.any_deps_match(failed)
     return [
         asset.map_asset_specs(
-            lambda spec: spec.replace_attributes(automation_condition=condition)
-            if spec.key.to_user_string() in _CARRIED
-            else spec
+            lambda spec: (
+                spec.replace_attributes(automation_condition=condition)
+                if spec.key.to_user_string() in _CARRIED
+                else spec
+            )
         )
         for asset in assets
     ]

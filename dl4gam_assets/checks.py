@@ -70,7 +70,10 @@ def schema_check(asset: str, table: Table) -> dg.AssetChecksDefinition:
     """Blocking check that what is stored of ``table`` fits its schema."""
 
     @dg.asset_check(
-        asset=asset, name="schema", blocking=True, description=f"Table `{table.name}` has its columns, types and ranges."
+        asset=asset,
+        name="schema",
+        blocking=True,
+        description=f"Table `{table.name}` has its columns, types and ranges.",
     )
     def check(workspace: WorkspaceResource) -> dg.AssetCheckResult:
         import pandera.errors
@@ -96,7 +99,9 @@ def schema_check(asset: str, table: Table) -> dg.AssetChecksDefinition:
 def failures_check(asset: str) -> dg.AssetChecksDefinition:
     """Warning when too many glaciers of a stage failed."""
 
-    @dg.asset_check(asset=asset, name="failed_glaciers", description="Few glaciers failed; each is a row in `failures`.")
+    @dg.asset_check(
+        asset=asset, name="failed_glaciers", description="Few glaciers failed; each is a row in `failures`."
+    )
     def check(workspace: WorkspaceResource) -> dg.AssetCheckResult:
         storage = workspace.region.storage()
         failures = storage.read_table("failures", stage=asset)
@@ -196,7 +201,7 @@ def build_checks(region: Region) -> Sequence[dg.AssetChecksDefinition]:
         ),
         physical_check(
             "glacier_areas", "area_inside_interval", "lower <= area <= upper for every estimate.",
-            areas_out_of_order, "report these rows as a defect: the interval's rule guarantees the order", blocking=True,
+            areas_out_of_order, "report these rows as a defect: the interval guarantees it", blocking=True,
         ),
         physical_check(
             "baseline_areas", "recall_of_inventory", "The ensemble finds the inventory's outlines again.",

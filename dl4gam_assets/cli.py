@@ -46,10 +46,12 @@ class Output(enum.StrEnum):
 
 
 RegionOption = Annotated[
-    str, typer.Option("--region", "-r", envvar="DL4GAM_REGION", help="Packaged region or path of a YAML file.")
+    str,
+    typer.Option("--region", "-r", envvar="DL4GAM_REGION", help="Packaged region or path of a YAML file."),
 ]
 HomeOption = Annotated[
-    str | None, typer.Option("--home", envvar="DL4GAM_HOME", help="Root of all results: a folder or object-store URL.")
+    str | None,
+    typer.Option("--home", envvar="DL4GAM_HOME", help="Root of all results: a folder or object-store URL."),
 ]
 
 
@@ -88,7 +90,11 @@ def regions() -> None:
         region = load_region(name)
         years = f"{region.years.first} to {region.years.last or 'now'}"
         table.add_row(
-            name, region.title, years, f"{region.folds.n} x {region.training.members}", region.imagery.sensor.name
+            name,
+            region.title,
+            years,
+            f"{region.folds.n} x {region.training.members}",
+            region.imagery.sensor.name,
         )
     console.print(table)
     console.print("Your own region: copy one of them, edit it, and pass its path with --region.", highlight=False)
@@ -98,7 +104,9 @@ def regions() -> None:
 def materialize(
     region: RegionOption = "demo",
     home: HomeOption = None,
-    year: Annotated[list[int] | None, typer.Option(help="Year to bring up to date; repeat for several. All by default.")] = None,
+    year: Annotated[
+        list[int] | None, typer.Option(help="Year to bring up to date; repeat for several. All by default.")
+    ] = None,
     fold: Annotated[list[int] | None, typer.Option(help="Fold (1..n); repeat for several. All by default.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Only these assets; repeat for several.")] = None,
 ) -> None:
@@ -119,7 +127,13 @@ def _check_choice(what: str, given: list[int] | None, valid: Any) -> None:
 
 
 def _run(
-    name: str, settings: Region, storage: Storage, home: str | None, years: Any = None, folds: Any = None, only: Any = None
+    name: str,
+    settings: Region,
+    storage: Storage,
+    home: str | None,
+    years: Any = None,
+    folds: Any = None,
+    only: Any = None,
 ) -> Any:
     os.environ["DL4GAM_REGION"] = name
     if home:
@@ -146,7 +160,12 @@ def _print_timings(outcome: Any) -> None:
     table = RichTable("assets", "partitions", "seconds", "of it Dagster")
     for t in outcome.timings:
         table.add_row(", ".join(t.assets), str(t.partitions), f"{t.seconds:.1f}", f"{t.overhead_s:.1f}")
-    table.add_row("total", str(sum(t.partitions for t in outcome.timings)), f"{outcome.seconds:.1f}", f"{outcome.overhead_s:.1f}")
+    table.add_row(
+        "total",
+        str(sum(t.partitions for t in outcome.timings)),
+        f"{outcome.seconds:.1f}",
+        f"{outcome.overhead_s:.1f}",
+    )
     console.print(table)
 
 
@@ -162,7 +181,7 @@ def demo(home: HomeOption = None) -> None:
     _judge(settings, storage)
     console.print(f"\nDone in {time.perf_counter() - start:.0f} s. Results: {storage.root}\n", highlight=False)
     console.print(
-        "What next:\n"
+        "What next:\n"  # noqa: S608
         "  make ui                                            the asset graph in your browser\n"
         '  dl4gam query "select * from largest_losses"        SQL on the results\n'
         f"  dl4gam explain {_example(storage)} --year {settings.years.last}          where a number comes from\n"

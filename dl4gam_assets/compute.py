@@ -83,9 +83,7 @@ class Mapper:
         """
         todo = list(tasks)
         start = last = time.monotonic()
-        count = 0
-        for done in self._run(function, todo):
-            count += 1
+        for count, done in enumerate(self._run(function, todo), start=1):
             now = time.monotonic()
             if progress and (now - last >= every_s or count == len(todo)):
                 last = now

@@ -67,7 +67,7 @@ class Explanation(BaseModel):
             (0, f"{g['glacier_id']}{name}, {e['year']}: {e['area_km2']:.4f} km2, "
                 f"interval {e['lower_km2']:.4f} to {e['upper_km2']:.4f} km2 (std {e['std_km2']:.4f})"),
             (1, f"inventory outline: {g['inventory_area_km2']:.4f} km2 of {_day(g['inventory_date'])}; "
-                f"recall {_number(e['recall'])}, false positives 20 to 50 m outside {_number(e['false_positive_rate'])}"),
+                f"recall {_number(e['recall'])}, false positives 20 to 50 m out {_number(e['false_positive_rate'])}"),
         ]  # fmt: skip
         if self.change:
             h = self.change
@@ -103,7 +103,10 @@ class Explanation(BaseModel):
                            f"{_number(q['precision'])}, recall {_number(q['recall'])}"))  # fmt: skip
         p = self.provenance
         out += [
-            (1, f"made {p.time:%Y-%m-%d %H:%M} UTC by dl4gam_assets {p.code_version}, settings {p.settings_fingerprint}"),
+            (
+                1,
+                f"made {p.time:%Y-%m-%d %H:%M} UTC by version {p.code_version}, settings {p.settings_fingerprint}",
+            ),
         ]
         runs = json.loads(p.run_ids or "{}")
         out += [(2, f"{asset}: Dagster run {run}") for asset, run in runs.items() if run]
@@ -166,7 +169,9 @@ def explain(storage: Storage, region: Region, glacier_id: str, year: int) -> Exp
         runners_up=[_plain(r) for _, r in scenes[~scenes["selected"].astype(bool)].iterrows()],
         cube=cube,
         model={"members": [_plain(r) for _, r in joined.iterrows()]},
-        calibration={k: first.get(k) for k in ("method", "n_glaciers", "ece_before", "ece_after", "validation_coverage")},
+        calibration={
+            k: first.get(k) for k in ("method", "n_glaciers", "ece_before", "ece_after", "validation_coverage")
+        },
         quality=[_plain(r) for _, r in quality.iterrows()],
         provenance=provenance,
         notes=notes,

@@ -26,7 +26,10 @@ from dl4gam_assets.storage import Storage
 #: Families in the order of the graph: (partition family, assets that share one run).
 FAMILIES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("none", ("simulated_inputs",)),
-    ("none", ("inventory_outlines", "debris_outlines", "glacier_zones", "cross_validation_folds", "elevation")),
+    (
+        "none",
+        ("inventory_outlines", "debris_outlines", "glacier_zones", "cross_validation_folds", "elevation"),
+    ),
     ("year", ("scene_candidates", "selected_scenes", "elevation_change", "glacier_cubes")),
     ("fold", ("normalization", "band_ratio_baseline")),
     ("fold_member", ("ensemble_member",)),
@@ -168,7 +171,9 @@ def _failures(result: dg.ExecuteInProcessResult) -> list[str]:
             check = event.asset_check_evaluation_data
             if not check.passed and check.severity == dg.AssetCheckSeverity.ERROR:
                 what = check.metadata.get("what_to_do")
-                found.append(f"check {check.check_name} of {check.asset_key.to_user_string()} failed; {what.value if what else ''}")
+                found.append(
+                    f"check {check.check_name} of {check.asset_key.to_user_string()}: {what.value if what else 'failed'}"
+                )
     return found or ["a run failed before its first step"]
 
 
@@ -194,9 +199,7 @@ def _ranges(
     fold_ranges = list(_contiguous(partitions.folds.get_partition_keys(), fold_keys))
     if family == "fold_member":
         members = partitions.members.get_partition_keys()
-        return [
-            (_key(fold=a, member=members[0]), _key(fold=b, member=members[-1])) for a, b in fold_ranges
-        ]
+        return [(_key(fold=a, member=members[0]), _key(fold=b, member=members[-1])) for a, b in fold_ranges]
     return [
         (_key(fold=a, year=c), _key(fold=b, year=d))
         for a, b in fold_ranges

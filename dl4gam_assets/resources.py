@@ -90,6 +90,6 @@ def default_workspace() -> WorkspaceResource:
     """The workspace that the environment asks for: DL4GAM_REGION, DL4GAM_HOME, DL4GAM_DASK_SCHEDULER, DL4GAM_DEVICE."""
     return WorkspaceResource(
         region=RegionResource(region=region_name(), home=home()),
-        compute=ComputeResource(scheduler=os.environ.get("DL4GAM_DASK_SCHEDULER", "")),
+        compute=ComputeResource(workers=0, scheduler=os.environ.get("DL4GAM_DASK_SCHEDULER", "")),
         device=DeviceResource(device=os.environ.get("DL4GAM_DEVICE", "")),
     )

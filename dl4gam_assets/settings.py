@@ -35,7 +35,14 @@ PUBLISHED_CHANNELS: tuple[str, ...] = (
 
 INDEX_CHANNELS = frozenset({"ndvi", "ndwi", "ndsi"})
 TERRAIN_CHANNELS = frozenset(
-    {"slope", "sin_aspect", "cos_aspect", "planform_curvature", "profile_curvature", "terrain_ruggedness_index"}
+    {
+        "slope",
+        "sin_aspect",
+        "cos_aspect",
+        "planform_curvature",
+        "profile_curvature",
+        "terrain_ruggedness_index",
+    }
 )
 
 
@@ -55,7 +62,8 @@ class InventoryColumns(_Strict):
     name: str | None = Field("name", description="Glacier name; empty where absent.")
     country: str | None = Field("country", description="Country code for the totals; `default_country` where absent.")
     date: str | None = Field(
-        "date", description="Acquisition date: ISO, or RGI's YYYYMMDD with 99 for unknown month or day, or a year."
+        "date",
+        description="Acquisition date: ISO, or RGI's YYYYMMDD with 99 for unknown month or day, or a year.",
     )
     area_km2: str | None = Field(None, description="Area as the inventory states it, kept beside the area we compute.")
 
@@ -87,7 +95,10 @@ class InventorySettings(_Strict):
         "vector file's polygons. Glaciers elsewhere stay in the inventory but are not modelled. Empty: no restriction.",
     )
     model_within_share: float = Field(
-        0.9, gt=0, le=1, description="Share of the outline that must lie on valid ground of one file of model_within."
+        0.9,
+        gt=0,
+        le=1,
+        description="Share of the outline that must lie on valid ground of one file of model_within.",
     )
     debris: list[DebrisSource] = []
     buffers_m: list[int] = Field([-20, -10, 0, 10, 20, 50], description="Zones around the outline, metres.")
@@ -96,7 +107,9 @@ class InventorySettings(_Strict):
     def _needed_buffers(self) -> InventorySettings:
         missing = {0, 20, 50} - set(self.buffers_m)
         if missing:
-            raise ValueError(f"buffers_m must contain 0, 20 and 50 m (areas and false-positive ring); missing {missing}")
+            raise ValueError(
+                f"buffers_m must contain 0, 20 and 50 m (areas and false-positive ring); missing {missing}"
+            )
         return self
 
 
@@ -231,7 +244,8 @@ class ModelSettings(_Strict):
     encoder_depth: int = Field(5, ge=1, le=5)
     decoder_channels: list[int] = [256, 128, 64, 32, 16]
     encoder_weights: str | None = Field(
-        "imagenet", description="'imagenet' (downloaded), a local .safetensors file, or null for random weights."
+        "imagenet",
+        description="'imagenet' (downloaded), a local .safetensors file, or null for random weights.",
     )
     channels: list[str] = Field(list(PUBLISHED_CHANNELS), min_length=1, description="Inputs of the network, in order.")
 
@@ -263,7 +277,8 @@ class TrainingSettings(_Strict):
 
 class InferenceSettings(_Strict):
     mode: Literal["windows", "stride"] = Field(
-        "windows", description="'windows': large blended windows. 'stride': the published averaging at stride_px."
+        "windows",
+        description="'windows': large blended windows. 'stride': the published averaging at stride_px.",
     )
     window_px: int = Field(512, ge=64, multiple_of=32)
     overlap_px: int = Field(64, ge=0)
@@ -282,7 +297,8 @@ class CalibrationSettings(_Strict):
     tau_step: float = 0.001
     tau_max: float = 0.5
     min_glaciers: int = Field(
-        20, description="With fewer validation glaciers the regression of tau is replaced by one regional quantile."
+        20,
+        description="With fewer validation glaciers the regression of tau is replaced by one regional quantile.",
     )
     ece_bins: int = 40
 
@@ -345,7 +361,9 @@ class ComputeSettings(_Strict):
     workers: int = Field(0, ge=0, description="Processes for glacier maps; 0: one for each core.")
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     partitions_per_run: int = Field(
-        1, ge=1, description="Partitions that one Dagster run takes; small regions take many to save start-up time."
+        1,
+        ge=1,
+        description="Partitions that one Dagster run takes; small regions take many to save start-up time.",
     )
 
 
@@ -356,7 +374,8 @@ class Region(_Strict):
     title: str = ""
     description: str = ""
     data_root: str | None = Field(
-        None, description="Folder of the inputs; ~ and $VARIABLES are expanded. null: <store>/inputs (simulated)."
+        None,
+        description="Folder of the inputs; ~ and $VARIABLES are expanded. null: <store>/inputs (simulated).",
     )
     years: YearSettings
     inventory: InventorySettings
@@ -381,7 +400,9 @@ class Region(_Strict):
             if channel in needs:
                 lacking = needs[channel] - bands
                 if lacking:
-                    raise ValueError(f"model.channels: {channel} needs the bands {sorted(lacking)}, which the sensor lacks")
+                    raise ValueError(
+                        f"model.channels: {channel} needs the bands {sorted(lacking)}, which the sensor lacks"
+                    )
             elif channel not in known:
                 raise ValueError(
                     f"model.channels: {channel!r} is neither a band of the sensor nor a known layer; "

@@ -65,7 +65,7 @@ def glacier_id_of(name: str) -> str:
 class Storage:
     """Files of one region below ``root`` (a local path or any fsspec URL)."""
 
-    def __init__(self, root: str | os.PathLike[str]):
+    def __init__(self, root: str | os.PathLike[str] | UPath):
         self.root = UPath(root)
 
     def __repr__(self) -> str:

@@ -112,7 +112,9 @@ class Table:
         for column in self.columns:
             values = frame[column.name]
             if not column.nullable and values.isna().any():
-                raise TableError(f"table {self.name}: {column.name!r} is empty in rows {self._rows(frame, values.isna())}")
+                raise TableError(
+                    f"table {self.name}: {column.name!r} is empty in rows {self._rows(frame, values.isna())}"
+                )
             for bound, wrong in (
                 (column.minimum, lambda v, b: v < b - 1e-9),
                 (column.maximum, lambda v, b: v > b + 1e-9),

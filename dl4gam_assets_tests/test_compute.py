@@ -32,7 +32,9 @@ def _clusters() -> object:
 def test_failures_stay_with_their_task(workers: int) -> None:
     tasks = [(str(x), (x,)) for x in (1, 0, 2, 13, 4)]
     seen: list[tuple[int, int]] = []
-    done = {d.key: d for d in Mapper(workers).map(_reciprocal, tasks, progress=lambda n, total, s: seen.append((n, total)))}
+    done = {
+        d.key: d for d in Mapper(workers).map(_reciprocal, tasks, progress=lambda n, total, s: seen.append((n, total)))
+    }
     assert set(done) == {"1", "0", "2", "13", "4"}
     assert done["4"].ok and done["4"].value == 0.25
     assert done["0"].kind == "ZeroDivisionError" and not done["0"].ok

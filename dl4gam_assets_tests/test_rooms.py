@@ -43,7 +43,15 @@ def test_science_rooms_import_with_dagster_blocked(room: str) -> None:
 
 
 def test_definitions_load_without_heavy_packages() -> None:
-    heavy = ("torch", "segmentation_models_pytorch", "matplotlib", "statsmodels", "xdem", "rasterio", "geopandas")
+    heavy = (
+        "torch",
+        "segmentation_models_pytorch",
+        "matplotlib",
+        "statsmodels",
+        "xdem",
+        "rasterio",
+        "geopandas",
+    )
     code = (
         "import sys\n"
         "from dl4gam_assets.definitions import defs\n"
@@ -66,4 +74,6 @@ def test_dagster_rooms_keep_annotations_alive() -> None:
     for room in DAGSTER_ROOMS:
         path = PACKAGE / room
         for file in path.rglob("*.py") if path.is_dir() else [path]:
-            assert "from __future__ import annotations" not in file.read_text(encoding="utf-8").split('"""', 2)[-1], file
+            assert "from __future__ import annotations" not in file.read_text(encoding="utf-8").split('"""', 2)[-1], (
+                file
+            )

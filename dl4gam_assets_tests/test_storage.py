@@ -82,7 +82,9 @@ def test_ids_that_look_like_numbers_stay_text(tmp_path: Path) -> None:
 def test_geometry_tables_are_geoparquet(tmp_path: Path) -> None:
     storage = Storage(tmp_path)
     frame = gpd.GeoDataFrame(
-        {"glacier_id": ["a"], "bound": ["best"], "area_km2": [1.0]}, geometry=[box(0, 0, 1, 1)], crs="EPSG:4326"
+        {"glacier_id": ["a"], "bound": ["best"], "area_km2": [1.0]},
+        geometry=[box(0, 0, 1, 1)],
+        crs="EPSG:4326",
     )
     storage.write_table("outlines", frame, {"year": 2020})
     again = storage.read_table("outlines")

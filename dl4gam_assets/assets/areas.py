@@ -22,9 +22,7 @@ def build(p: Partitions) -> list[dg.AssetsDefinition]:
     )  # fmt: skip
     def interval_taus(context: dg.AssetExecutionContext, workspace: WorkspaceResource) -> None:
         """The interval's threshold tau of each held-out glacier, found in the inventory year and used in all years."""
-        each_partition(
-            context, workspace.open(context), lambda ws, key: stages.interval_taus(ws, fold_of(key))
-        )
+        each_partition(context, workspace.open(context), lambda ws, key: stages.interval_taus(ws, fold_of(key)))
 
     @dg.asset(
         group_name=GROUP, owners=OWNERS, kinds={"parquet"}, partitions_def=p.year_fold, backfill_policy=policy,

@@ -19,9 +19,7 @@ def build(p: Partitions) -> list[dg.AssetsDefinition]:
     )  # fmt: skip
     def area_change(context: dg.AssetExecutionContext, workspace: WorkspaceResource) -> None:
         """Area change of each glacier since the baseline, with its uncertainty and quality flags."""
-        each_partition(
-            context, workspace.open(context), lambda ws, key: stages.area_change(ws, year_of(key))
-        )
+        each_partition(context, workspace.open(context), lambda ws, key: stages.area_change(ws, year_of(key)))
 
     @dg.asset(
         group_name=GROUP, owners=OWNERS, kinds={"parquet", "statsmodels"}, partitions_def=p.years,

@@ -24,7 +24,10 @@ def build(p: Partitions) -> list[dg.AssetsDefinition]:
         each_partition(context, workspace.open(context), lambda ws, _: simulation.simulated_inputs(ws))
 
     @dg.asset(
-        group_name=GROUP, owners=OWNERS, kinds={"parquet", "geopandas"}, deps=[simulated_inputs] if simulated else []
+        group_name=GROUP,
+        owners=OWNERS,
+        kinds={"parquet", "geopandas"},
+        deps=[simulated_inputs] if simulated else [],
     )
     def inventory_outlines(context: dg.AssetExecutionContext, workspace: WorkspaceResource) -> None:
         """Glacier outlines of the inventory: checked, repaired where possible, with areas, countries and UTM zones.
@@ -32,9 +35,7 @@ def build(p: Partitions) -> list[dg.AssetsDefinition]:
         Outlines that can not be used are rows in `failures`. Glaciers of at least `min_area_km2` are modelled; smaller
         ones stay for the regional extrapolation.
         """
-        each_partition(
-            context, workspace.open(context), lambda ws, _: stages.inventory_outlines(ws)
-        )
+        each_partition(context, workspace.open(context), lambda ws, _: stages.inventory_outlines(ws))
 
     @dg.asset(group_name=GROUP, owners=OWNERS, kinds={"parquet", "geopandas"}, deps=[inventory_outlines])
     def debris_outlines(context: dg.AssetExecutionContext, workspace: WorkspaceResource) -> None:
@@ -52,9 +53,7 @@ def build(p: Partitions) -> list[dg.AssetsDefinition]:
 
         Every glacier is tested exactly once; its estimate always comes from models that never saw it.
         """
-        each_partition(
-            context, workspace.open(context), lambda ws, _: stages.cross_validation_folds(ws)
-        )
+        each_partition(context, workspace.open(context), lambda ws, _: stages.cross_validation_folds(ws))
 
     assets = [inventory_outlines, debris_outlines, glacier_zones, cross_validation_folds]
     return [simulated_inputs, *assets] if simulated else assets

@@ -39,8 +39,6 @@ def build(p: Partitions) -> list[dg.AssetsDefinition]:
     )  # fmt: skip
     def evaluation(context: dg.AssetExecutionContext, workspace: WorkspaceResource) -> None:
         """Held-out quality against the inventory: full scene, 50 m ring and debris, beside the baseline."""
-        each_partition(
-            context, workspace.open(context), lambda ws, key: stages.evaluation(ws, fold_of(key))
-        )
+        each_partition(context, workspace.open(context), lambda ws, key: stages.evaluation(ws, fold_of(key)))
 
     return [glacier_predictions, evaluation]

@@ -36,9 +36,7 @@ def build(p: Partitions) -> list[dg.AssetsDefinition]:
     )  # fmt: skip
     def report(context: dg.AssetExecutionContext, workspace: WorkspaceResource) -> None:
         """The year in one self-contained HTML page: change with interval, map, largest changes, quality."""
-        each_partition(
-            context, workspace.open(context), lambda ws, key: stages.report(ws, year_of(key))
-        )
+        each_partition(context, workspace.open(context), lambda ws, key: stages.report(ws, year_of(key)))
 
     @dg.asset(
         group_name=GROUP, owners=OWNERS, kinds={"stac"}, partitions_def=p.years, backfill_policy=policy,
@@ -46,8 +44,6 @@ def build(p: Partitions) -> list[dg.AssetsDefinition]:
     )  # fmt: skip
     def stac_catalog(context: dg.AssetExecutionContext, workspace: WorkspaceResource) -> None:
         """STAC catalog of the year's maps and outlines, ready to be served or put on a disk."""
-        each_partition(
-            context, workspace.open(context), lambda ws, key: stages.stac_catalog(ws, year_of(key))
-        )
+        each_partition(context, workspace.open(context), lambda ws, key: stages.stac_catalog(ws, year_of(key)))
 
     return [results_database, report, stac_catalog]

@@ -50,7 +50,9 @@ def build(p: Partitions) -> list[dg.AssetsDefinition]:
         all_partitions(
             context,
             workspace.open(context),
-            lambda ws, keys: stages.ensemble_members(ws, {key: (fold_of(key), member_of(key)) for key in keys}, overrides),
+            lambda ws, keys: stages.ensemble_members(
+                ws, {key: (fold_of(key), member_of(key)) for key in keys}, overrides
+            ),
         )
 
     @dg.asset(
@@ -59,9 +61,7 @@ def build(p: Partitions) -> list[dg.AssetsDefinition]:
     )  # fmt: skip
     def ensemble(context: dg.AssetExecutionContext, workspace: WorkspaceResource) -> None:
         """The members of a fold with the hashes of their weights: what predictions are made from."""
-        each_partition(
-            context, workspace.open(context), lambda ws, key: stages.ensemble(ws, fold_of(key))
-        )
+        each_partition(context, workspace.open(context), lambda ws, key: stages.ensemble(ws, fold_of(key)))
 
     @dg.asset(
         group_name=GROUP, owners=OWNERS, kinds={"statsmodels"}, partitions_def=p.folds, backfill_policy=policy,
@@ -69,9 +69,7 @@ def build(p: Partitions) -> list[dg.AssetsDefinition]:
     )  # fmt: skip
     def calibration(context: dg.AssetExecutionContext, workspace: WorkspaceResource) -> None:
         """Temperatures of the members and the rule of the area interval, from the fold's validation glaciers."""
-        each_partition(
-            context, workspace.open(context), lambda ws, key: stages.calibration(ws, fold_of(key))
-        )
+        each_partition(context, workspace.open(context), lambda ws, key: stages.calibration(ws, fold_of(key)))
 
     @dg.asset(
         group_name=GROUP, owners=OWNERS, kinds={"numpy"}, partitions_def=p.folds, backfill_policy=policy,

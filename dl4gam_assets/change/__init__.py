@@ -29,6 +29,7 @@ _HOMES = {
     "fit_rate_law": "regional",
     "RateLaw": "regional",
     "size_class": "regional",
+    "size_class_labels": "regional",
     "compare_with_truth": "truth",
     "TruthComparison": "truth",
 }

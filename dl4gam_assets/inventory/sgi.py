@@ -42,11 +42,9 @@ FORMER = "sgi2010_outlines.gpkg"
 #: Raised whenever the cutting changes its result, so that a file made before counts as stale.
 METHOD_VERSION = 1
 
-#: A divide's end that lies farther from the margin than this is taken as wrong data, not as the 20 m raster's
-#: stair.
+#: A divide's end farther from the margin than this is wrong data, not the stair of the 20 m raster.
 EXTEND_M = 100.0
-#: A location point this far outside the ice still names it (points stand at most 15 m outside the 20 m
-#: raster).
+#: A location point this far outside the ice still names it (they stand at most 15 m outside the raster).
 POINT_TOLERANCE_M = 40.0
 #: A detached body this far from every glacier stays without a name.
 DETACHED_M = 1000.0
@@ -129,7 +127,7 @@ def split_ice_bodies(
     return _dissolved(faces, names, locations, attributes, bodies.crs)
 
 
-# --------------------------------------------------------------------------------------------- steps
+# ---------------------------------------------------------------------------- steps
 def _require(frame: gpd.GeoDataFrame, columns: Iterable[str], what: str) -> None:
     lacking = [c for c in columns if c not in frame.columns]
     if lacking:
@@ -373,8 +371,7 @@ def _most(votes: dict[str, float]) -> str:
 
 
 def _edges(faces: _Faces, lines: gpd.GeoDataFrame) -> dict[int, list[tuple[int, float, frozenset[str]]]]:
-    """For each face its neighbours in the same body: (face, shared length in m, ids of the divide between
-    them)."""
+    """Neighbours of each face in its body: (face, shared length in m, ids of the divide between them)."""
     geometry = faces.geometry
     several = np.bincount(faces.body)[faces.body] > 1
     index = np.flatnonzero(several)
@@ -395,8 +392,7 @@ def _edges(faces: _Faces, lines: gpd.GeoDataFrame) -> dict[int, list[tuple[int, 
             along = {j: shapely.length(shapely.intersection(lines.geometry.iloc[j], zone)) for j in near}
             if along:
                 between = frozenset(map(str, sides[max(along, key=lambda j: along[j])]))
-        # Pieces that touch in a corner only (the raster's diagonal neighbours) count as joined by a
-        # millimetre.
+        # Pieces that touch in a corner only (diagonal neighbours of the raster) count as joined by 1 mm.
         edges[int(f)].append((int(g), max(float(metres), 1e-3), between))
         edges[int(g)].append((int(f), max(float(metres), 1e-3), between))
     return edges
@@ -460,8 +456,7 @@ def _dissolved(
     return out[columns].sort_values("glacier_id", na_position="last", ignore_index=True)
 
 
-# --------------------------------------------------------------------------------------------- from files to
-# a file
+# ---------------------------------------------------------------------------- from files to a file
 def write_swiss_inventory(folder: Path, out: Path) -> dict[str, Any]:
     """Make the glaciers of SGI2016 from its raw files and write them as a GeoPackage in our inventory's
     columns.

@@ -78,9 +78,10 @@ def area_of(site: Site, year: int, fold: int, glacier_id: str) -> dict[str, Any]
     from dl4gam_assets.ensemble import read_prediction
 
     storage = site.storage
-    with storage.reading(storage.cube(year, glacier_id)) as cube_path, storage.reading(
-        storage.prediction(year, glacier_id)
-    ) as map_path:
+    with (
+        storage.reading(storage.cube(year, glacier_id)) as cube_path,
+        storage.reading(storage.prediction(year, glacier_id)) as map_path,
+    ):
         prediction = read_prediction(map_path)
         with open_cube(cube_path) as cube:
             row = area_row(
@@ -206,9 +207,10 @@ def outlines_of(site: Site, year: int, fold: int, glacier_id: str) -> Any:
     from dl4gam_assets.ensemble import read_prediction
 
     storage = site.storage
-    with storage.reading(storage.cube(year, glacier_id)) as cube_path, storage.reading(
-        storage.prediction(year, glacier_id)
-    ) as map_path:
+    with (
+        storage.reading(storage.cube(year, glacier_id)) as cube_path,
+        storage.reading(storage.prediction(year, glacier_id)) as map_path,
+    ):
         prediction = read_prediction(map_path)
         with open_cube(cube_path) as cube:
             return extract_outlines(

@@ -122,7 +122,11 @@ class Workspace:
 
     # ------------------------------------------------------------------ the map over glaciers
     def over_glaciers(
-        self, stage: str, partition: str, function: Callable[..., Any], tasks: Iterable[tuple[str, Sequence[Any]]]
+        self,
+        stage: str,
+        partition: str,
+        function: Callable[..., Any],
+        tasks: Iterable[tuple[str, Sequence[Any]]],
     ) -> tuple[dict[str, Any], pd.DataFrame]:
         """Apply ``function`` to each ``(glacier_id, arguments)``; one failure never loses the others.
 
@@ -192,7 +196,13 @@ def run_stage(
     output, metadata, previews = work()
     seconds = time.perf_counter() - start
     ws.finish(
-        asset, partition, wanted, output, seconds, metadata=metadata, failed=int(metadata.get("failed_glaciers", 0))
+        asset,
+        partition,
+        wanted,
+        output,
+        seconds,
+        metadata=metadata,
+        failed=int(metadata.get("failed_glaciers", 0)),
     )
     return StageResult(partition, {**metadata, "seconds": round(seconds, 2)}, previews)
 
@@ -233,7 +243,9 @@ def file_fingerprint(path: Path) -> str:
 
 def folder_fingerprint(folder: Path, pattern: str = "*") -> str:
     """Identity of a folder of inputs: names, sizes and time stamps of its files."""
-    entries = sorted((str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob(pattern))
+    entries = sorted(
+        (str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob(pattern)
+    )
     return fingerprint(entries)
 
 
@@ -251,7 +263,10 @@ def code_version() -> str:
     folder = Path(__file__).parents[2]
     if (folder / ".git").exists():
         found = subprocess.run(
-            ["git", "-C", str(folder), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False
+            ["git", "-C", str(folder), "rev-parse", "--short=12", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if found.returncode == 0:
             return f"{__version__}+{found.stdout.strip()}"
@@ -264,7 +279,7 @@ def _cached_table(root: str, name: str, where: tuple[tuple[str, Any], ...], stam
 
 
 def cached_table(site: Site, name: str, **where: Any) -> pd.DataFrame:
-    """A table as :meth:`Storage.read_table` gives it, kept in this process while its files are unchanged. Do not alter."""
+    """A table as Storage.read_table gives it, kept in this process while its files are unchanged (read-only)."""
     storage = site.storage
     stamp = 0.0
     if storage.is_local:

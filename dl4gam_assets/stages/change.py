@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from dl4gam_assets.stages import previews
-from dl4gam_assets.stages.base import StageResult, Workspace, fold_label, frame_fingerprint, run_stage, year_fold_label
+from dl4gam_assets.stages.base import (
+    StageResult,
+    Workspace,
+    fold_label,
+    frame_fingerprint,
+    run_stage,
+    year_fold_label,
+)
 
 
 def _areas_fingerprints(ws: Workspace, year: int) -> dict[str, str | None]:

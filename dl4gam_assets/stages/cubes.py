@@ -9,7 +9,15 @@ import pandas as pd
 
 from dl4gam_assets.settings import fingerprint
 from dl4gam_assets.stages import previews
-from dl4gam_assets.stages.base import Site, StageResult, UpstreamError, Workspace, cached_table, frame_fingerprint, run_stage
+from dl4gam_assets.stages.base import (
+    Site,
+    StageResult,
+    UpstreamError,
+    Workspace,
+    cached_table,
+    frame_fingerprint,
+    run_stage,
+)
 from dl4gam_assets.stages.imagery import catalog_fingerprint, catalog_of
 from dl4gam_assets.stages.terrain import dhdt_path, static_path
 from dl4gam_assets.tables import TABLES
@@ -34,16 +42,17 @@ def cube_of(site: Site, year: int, glacier_id: str, wanted: str, stamp: str) -> 
     if cube is None:
         with storage.reading(static_path(site, glacier_id)) as local, open_cube(local) as opened:
             static = opened.load()
-        image = read_image(
-            items_from_row(row, catalog_of(site, stamp)), site.region.imagery, static.odc.geobox
-        )
+        image = read_image(items_from_row(row, catalog_of(site, stamp)), site.region.imagery, static.odc.geobox)
         dhdt = None
         changes = cached_table(site, "elevation_changes", year=year)
         change = changes[changes["glacier_id"] == glacier_id]
         if len(change) and pd.notna(change["period_start"].iloc[0]):
             start, end = int(change["period_start"].iloc[0]), int(change["period_end"].iloc[0])
             period = next(p for p in site.region.terrain.elevation_change if (p.start, p.end) == (start, end))
-            with storage.reading(dhdt_path(site, period, glacier_id)) as local, rasterio.open(local) as source:
+            with (
+                storage.reading(dhdt_path(site, period, glacier_id)) as local,
+                rasterio.open(local) as source,
+            ):
                 dhdt = source.read(1)
         tag = "simulated" if site.region.simulation is not None else getattr(site.region.imagery.catalog, "tag", "")
         cube = build_cube(

@@ -149,7 +149,9 @@ def _no_image(scenes: pd.DataFrame, glacier_id: str, year: int) -> str:
     if not len(mine):
         return f"no scene of {year} touches the glacier in the search window; widen imagery.window or add scenes"
     reasons = "; ".join(f"{r.date:%Y-%m-%d}: {r.reason}" for r in mine.sort_values("date").head(4).itertuples())
-    return f"none of {len(mine)} scenes of {year} is acceptable ({reasons}); add an override line to use one all the same"
+    return (
+        f"none of {len(mine)} scenes of {year} is acceptable ({reasons}); add an override line to use one all the same"
+    )
 
 
 def _median(values: pd.Series) -> float | None:

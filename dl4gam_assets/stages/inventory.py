@@ -113,9 +113,7 @@ def cross_validation_folds(ws: Workspace, *, force: bool = False) -> StageResult
         folds = geographic_folds(modelled, settings.n, settings.validation_share)
         ws.storage.write_table("folds", folds)
         sizes = folds.merge(modelled[["glacier_id", "inventory_area_km2"]], on="glacier_id")
-        table = (
-            sizes.groupby(["fold", "role"])["inventory_area_km2"].agg(["size", "sum"]).unstack("role").fillna(0)  # noqa: PD010
-        )
+        table = sizes.groupby(["fold", "role"])["inventory_area_km2"].agg(["size", "sum"]).unstack("role").fillna(0)
         rows = [
             {"fold": fold_label(int(fold))}
             | {f"{role} glaciers": int(table.loc[fold, ("size", role)]) for role in ("train", "valid", "test")}

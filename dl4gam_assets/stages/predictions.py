@@ -26,7 +26,9 @@ from dl4gam_assets.stages.training import _threads, calibration_of, logits_of
 from dl4gam_assets.tables import TABLES
 
 
-def prediction_of(site: Site, year: int, fold: int, glacier_id: str, wanted: str, device: str, threads: int | None) -> dict[str, Any]:
+def prediction_of(
+    site: Site, year: int, fold: int, glacier_id: str, wanted: str, device: str, threads: int | None
+) -> dict[str, Any]:
     """Map one glacier unless the file made from the same inputs is there; runs in a worker process."""
     from dl4gam_assets.cubes import cube_mask, open_cube
     from dl4gam_assets.ensemble import aggregate, read_prediction_tags, tau_features, write_prediction
@@ -117,7 +119,13 @@ def glacier_predictions(ws: Workspace, year: int, fold: int, *, force: bool = Fa
         tasks = []
         for cube in cubes.itertuples():
             wanted = fingerprint(
-                [cube.fingerprint, inputs["ensemble"], inputs["calibration"], inference, ws.region.model.channels]
+                [
+                    cube.fingerprint,
+                    inputs["ensemble"],
+                    inputs["calibration"],
+                    inference,
+                    ws.region.model.channels,
+                ]
             )
             arguments = (ws.site, year, fold, cube.glacier_id, wanted, device, _threads(ws, device))
             tasks.append((cube.glacier_id, arguments))
@@ -173,11 +181,7 @@ def evaluation(ws: Workspace, fold: int, *, force: bool = False) -> StageResult:
         ids = ws.storage.read_table("predictions", year=baseline, fold=fold)["glacier_id"].tolist()
         values, failures = ws.over_glaciers("evaluation", label, evaluation_of, [(g, (ws.site, fold, g)) for g in ids])
         frames = [f.assign(glacier_id=g, role="test") for g, f in values.items()]
-        frame = (
-            pd.concat(frames, ignore_index=True)
-            if frames
-            else TABLES["evaluation"].empty().drop(columns="fold")
-        )
+        frame = pd.concat(frames, ignore_index=True) if frames else TABLES["evaluation"].empty().drop(columns="fold")
         ws.storage.write_table("evaluation", frame, {"fold": fold})
         scores = pooled_scores(ws.storage.read_table("evaluation", fold=fold))
         metadata: dict[str, Any] = {"glaciers": len(values), "failed_glaciers": len(failures)}

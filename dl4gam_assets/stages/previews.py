@@ -108,7 +108,15 @@ def reliability(before: pd.DataFrame, after: pd.DataFrame, title: str = "") -> b
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color="#888", linewidth=0.8, linestyle="--")
     for frame, colour, label in ((before, "#d55e00", "before"), (after, "#0072b2", "after")):
-        axes.plot(frame["confidence"], frame["frequency"], marker="o", markersize=2.5, linewidth=1, color=colour, label=label)
+        axes.plot(
+            frame["confidence"],
+            frame["frequency"],
+            marker="o",
+            markersize=2.5,
+            linewidth=1,
+            color=colour,
+            label=label,
+        )
     axes.set_xlabel("predicted probability", fontsize=7)
     axes.set_ylabel("observed share of glacier", fontsize=7)
     axes.tick_params(labelsize=6)

@@ -84,8 +84,6 @@ def stac_catalog(ws: Workspace, year: int, *, force: bool = False) -> StageResul
     folds = range(1, ws.region.folds.n + 1)
     inputs = {
         "outlines": ws.upstream("glacier_outlines", str(year)),
-        "predictions": {
-            f: ws.upstream_or_none("glacier_predictions", year_fold_label(year, f)) for f in folds
-        },
+        "predictions": {f: ws.upstream_or_none("glacier_predictions", year_fold_label(year, f)) for f in folds},
     }
     return run_stage(ws, "stac_catalog", str(year), inputs, work, force=force or not (folder / "catalog.json").exists())

@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from dl4gam_assets.settings import fingerprint
-from dl4gam_assets.stages.base import StageResult, UpstreamError, Workspace, file_fingerprint, raw_data_root, run_stage
+from dl4gam_assets.stages.base import (
+    StageResult,
+    UpstreamError,
+    Workspace,
+    file_fingerprint,
+    raw_data_root,
+    run_stage,
+)
 
 
 def simulated_inputs(ws: Workspace, *, force: bool = False) -> StageResult:
@@ -19,7 +26,10 @@ def simulated_inputs(ws: Workspace, *, force: bool = False) -> StageResult:
         raw = raw_data_root(ws.region)
         if settings.dem is None or settings.outlines is None:
             raise UpstreamError("simulation.kind 'drape' needs simulation.dem and simulation.outlines")
-        sources = {"dem": file_fingerprint(raw / settings.dem), "outlines": file_fingerprint(raw / settings.outlines)}
+        sources = {
+            "dem": file_fingerprint(raw / settings.dem),
+            "outlines": file_fingerprint(raw / settings.outlines),
+        }
     last = ws.region.years.last or ws.region.years.baseline
     years = list(range(ws.region.years.first, last + 1))
 

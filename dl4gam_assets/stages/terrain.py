@@ -120,7 +120,9 @@ def elevation_change_of(site: Site, year: int, glacier_id: str, wanted: str) -> 
 
     storage = site.storage
     row: dict[str, Any] = {"glacier_id": glacier_id, "fingerprint": wanted, "missing_share": 1.0}
-    periods = [p.model_copy(update={"path": str(site.data_root / p.path)}) for p in site.region.terrain.elevation_change]
+    periods = [
+        p.model_copy(update={"path": str(site.data_root / p.path)}) for p in site.region.terrain.elevation_change
+    ]
     period = match_period(periods, year)
     if period is None:
         return row

@@ -69,9 +69,7 @@ def normalization(ws: Workspace, fold: int, *, force: bool = False) -> StageResu
 
     def work() -> tuple[str, dict[str, Any], dict[str, bytes]]:
         ids = members_of(ws, fold, "train")
-        statistics = normalization_statistics(
-            _stacks(ws.site, ids, ws.region.years.baseline), ws.region.model.channels
-        )
+        statistics = normalization_statistics(_stacks(ws.site, ids, ws.region.years.baseline), ws.region.model.channels)
         ws.storage.write_table("normalization", statistics, {"fold": fold})
         rows = [
             {"channel": r.channel, "mean": round(float(r.mean), 5), "std": round(float(r.std), 5)}
@@ -141,7 +139,9 @@ def _member_inputs(ws: Workspace, fold: int, member: int, region: Region) -> dic
     }
 
 
-def train_one(site: Site, fold: int, member: int, packed: str, device: str, threads: int, wanted: str) -> dict[str, Any]:
+def train_one(
+    site: Site, fold: int, member: int, packed: str, device: str, threads: int, wanted: str
+) -> dict[str, Any]:
     """Train one member and store it; goes on from its last epoch after a crash. Runs in a worker process."""
     from dl4gam_assets.segmentation import PackedCubes, save_member, train_member
 
@@ -165,7 +165,9 @@ def train_one(site: Site, fold: int, member: int, packed: str, device: str, thre
         threads=threads,
     )
     seconds = time.perf_counter() - start
-    sha256 = save_member(storage, storage.model(fold, member), trained, region.model, statistics, {"fingerprint": wanted})
+    sha256 = save_member(
+        storage, storage.model(fold, member), trained, region.model, statistics, {"fingerprint": wanted}
+    )
     import shutil
 
     shutil.rmtree(work, ignore_errors=True)
@@ -184,7 +186,11 @@ def train_one(site: Site, fold: int, member: int, packed: str, device: str, thre
 
 
 def ensemble_members(
-    ws: Workspace, wanted: Mapping[str, tuple[int, int]], overrides: Mapping[str, Any] | None = None, *, force: bool = False
+    ws: Workspace,
+    wanted: Mapping[str, tuple[int, int]],
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    force: bool = False,
 ) -> dict[str, StageResult | Exception]:
     """Train the given members (partition key -> fold, member), as many at once as there are processes.
 
@@ -310,7 +316,10 @@ def validation_of(site: Site, fold: int, glacier_id: str, device: str, threads: 
     from dl4gam_assets.cubes import cube_mask, open_cube
 
     storage = site.storage
-    with storage.reading(storage.cube(site.region.years.baseline, glacier_id)) as local, open_cube(local) as cube:
+    with (
+        storage.reading(storage.cube(site.region.years.baseline, glacier_id)) as local,
+        open_cube(local) as cube,
+    ):
         logits, valid = logits_of(site, cube, fold, device, threads)
         pixel = abs(cube.odc.geobox.resolution.x * cube.odc.geobox.resolution.y) / 1e6
         return {
@@ -344,10 +353,15 @@ def calibration(ws: Workspace, fold: int, *, force: bool = False) -> StageResult
         ids = members_of(ws, fold, "valid")
         device = choose_device(ws.device)
         values, _ = ws.over_glaciers(
-            "calibration", label, validation_of, [(g, (ws.site, fold, g, device, _threads(ws, device))) for g in ids]
+            "calibration",
+            label,
+            validation_of,
+            [(g, (ws.site, fold, g, device, _threads(ws, device))) for g in ids],
         )
         if not values:
-            raise UpstreamError(f"fold {fold}: none of its {len(ids)} validation glaciers could be predicted (see failures)")
+            raise UpstreamError(
+                f"fold {fold}: none of its {len(ids)} validation glaciers could be predicted (see failures)"
+            )
         rng = np.random.default_rng(ws.region.training.seed + fold)
         logits, labels = _pixel_sample(list(values.values()), settings.pixel_share, rng)
         temperatures = [science.fit_temperature(row, labels, settings.temperature_bounds) for row in logits]
@@ -410,12 +424,14 @@ def _threads(ws: Workspace, device: str) -> int | None:
     return max(default_workers() // ws.mapper.workers, 1) if device == "cpu" else None
 
 
-def _pixel_sample(values: list[dict[str, Any]], share: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def _pixel_sample(
+    values: list[dict[str, Any]], share: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     """Uniform sample of the valid pixels of the validation glaciers' cells: logits (M, N) and labels (N,)."""
     logits, labels = [], []
     for value in values:
         flat = np.flatnonzero(value["valid"] & value["cell"])
-        size = max(int(round(share * flat.size)), min(flat.size, 1))
+        size = max(round(share * flat.size), min(flat.size, 1))
         chosen = rng.choice(flat, size=size, replace=False)
         logits.append(value["logits"].reshape(len(value["logits"]), -1)[:, chosen])
         labels.append(value["target"].ravel()[chosen])
@@ -439,7 +455,12 @@ def band_ratio_baseline(ws: Workspace, fold: int, *, force: bool = False) -> Sta
                 with storage.reading(storage.cube(year, glacier_id)) as local, open_cube(local) as cube:
                     bands = {str(b): cube["reflectance"].sel(band=b).to_numpy() for b in cube["band"].to_numpy()}
                     valid = ~cube_mask(cube, "not_ok") & cube_mask(cube, "cell")
-                    yield bands, cube_mask(cube, "any_glacier"), valid, float(cube_mask(cube, "glacier").sum())
+                    yield (
+                        bands,
+                        cube_mask(cube, "any_glacier"),
+                        valid,
+                        float(cube_mask(cube, "glacier").sum()),
+                    )
 
         frame = fit_baseline(samples(), list(ws.region.imagery.sensor.bands))
         ws.storage.write_table("baseline", frame, {"fold": fold})

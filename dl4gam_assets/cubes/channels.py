@@ -1,0 +1,80 @@
+"""The channels of the models, derived from a cube.
+
+Belongs here: bands, indices, terrain terms as the networks see them, before normalization.
+Does not belong here: normalization (``segmentation``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import xarray as xr
+
+from dl4gam_assets.cubes.masks import cube_mask
+
+_PAIRS = {"ndvi": ("nir", "red"), "ndwi": ("green", "nir"), "ndsi": ("green", "swir16")}
+
+
+def channel_stack(cube: xr.Dataset, channels: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Raw channels of a cube and where its image is usable.
+
+    Bands are reflectance; NDVI, NDWI and NDSI are normalized differences, 1 where the denominator is zero; slope is
+    divided by 90; aspect enters as sine and cosine; missing dh/dt is 0 (Diaconu et al. 2025, section 3).
+
+    Parameters
+    ----------
+    cube : Dataset
+    channels : names, for example ``settings.PUBLISHED_CHANNELS``
+
+    Returns
+    -------
+    stack : float32 array (C, H, W), NaN where missing
+    valid : bool array (H, W), false on cloudy, missing or bad pixels
+
+    Raises
+    ------
+    KeyError
+        if the cube lacks a layer that a channel needs.
+    """
+    present = [str(b) for b in cube["band"].to_numpy()]
+    wanted = {b for c in channels for b in (_PAIRS.get(c) or (c,)) if b in present}
+    bands = {b: cube["reflectance"].isel(band=present.index(b)).to_numpy().astype(np.float32) for b in sorted(wanted)}
+    height, width = cube["mask"].shape
+    out = np.empty((len(channels), height, width), dtype=np.float32)
+    for i, name in enumerate(channels):
+        out[i] = _channel(cube, bands, name)
+    return out, ~cube_mask(cube, "not_ok")
+
+
+def _channel(cube: xr.Dataset, bands: dict[str, np.ndarray], name: str) -> np.ndarray:
+    if name in bands:
+        return bands[name]
+    if name in _PAIRS:
+        first, second = (_need(bands, b, name) for b in _PAIRS[name])
+        total = first + second
+        with np.errstate(divide="ignore", invalid="ignore"):
+            index = np.where(total == 0, np.float32(1.0), (first - second) / total)
+        return np.clip(index, -1.0, 1.0)
+    if name in {"sin_aspect", "cos_aspect"}:
+        radians = np.deg2rad(_layer(cube, "aspect", name))
+        return np.sin(radians) if name == "sin_aspect" else np.cos(radians)
+    if name == "slope":
+        return _layer(cube, "slope", name) / np.float32(90.0)
+    if name == "dhdt":
+        return np.nan_to_num(_layer(cube, "dhdt", name), nan=0.0) if "dhdt" in cube else np.zeros(cube["mask"].shape)
+    return _layer(cube, name, name)
+
+
+def _need(bands: dict[str, np.ndarray], band: str, channel: str) -> np.ndarray:
+    if band not in bands:
+        raise KeyError(f"channel {channel} needs the band {band}, which the cube lacks")
+    return bands[band]
+
+
+def _layer(cube: xr.Dataset, layer: str, channel: str) -> np.ndarray:
+    if layer not in cube:
+        have = ", ".join([*map(str, cube["band"].to_numpy()), *map(str, cube.data_vars)])
+        raise KeyError(f"channel {channel} needs the layer {layer}, which the cube lacks; it has {have}")
+    values: np.ndarray = cube[layer].to_numpy().astype(np.float32)
+    return values

@@ -1,0 +1,206 @@
+"""Reading an inventory file into the table ``glaciers``.
+
+Belongs here: columns, dates, geometry repair, rejection of what can not be used, areas and UTM zones.
+Does not belong here: preparing published raw files (``_prepare``, ``sgi``), buffers, folds.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import re
+from pathlib import Path
+from typing import Any
+
+import geopandas as gpd
+import numpy as np
+import pandas as pd
+import shapely
+
+from dl4gam_assets.settings import InventorySettings, SettingsError
+from dl4gam_assets.tables import TABLES
+
+#: Day that stands for "some time in that year": the middle of the late-summer mapping season.
+UNKNOWN_DAY = (8, 15)
+
+
+def read_inventory(path: Path, settings: InventorySettings) -> tuple[gpd.GeoDataFrame, pd.DataFrame]:
+    """Glaciers of a vector file, and the outlines that can not be used.
+
+    Invalid polygons are repaired (``make_valid``; only their polygonal parts are kept). Empty, missing and
+    non-polygonal geometries, empty and repeated ids, and outlines with impossible coordinates are rejected one by one.
+
+    Parameters
+    ----------
+    path : Path
+        Any vector file that pyogrio reads, with a CRS.
+    settings : InventorySettings
+        Column names, layer, threshold.
+
+    Returns
+    -------
+    glaciers : GeoDataFrame, EPSG:4326
+        The table ``glaciers`` in the order of the file. ``inventory_area_km2`` is the planar area in the UTM zone of a
+        point inside the outline.
+    rejected : DataFrame
+        Columns glacier_id, error, kind.
+
+    Raises
+    ------
+    SettingsError
+        if the file is absent, can not be read, has no CRS, or lacks the id column.
+    """
+    frame = _read(path, settings.layer)
+    columns = settings.columns
+    if columns.glacier_id not in frame.columns:
+        raise SettingsError(
+            f"inventory {path}: there is no column {columns.glacier_id!r} (inventory.columns.glacier_id); "
+            f"the file has {', '.join(map(str, frame.columns.drop('geometry', errors='ignore')))}"
+        )
+    if frame.crs is None:
+        raise SettingsError(f"inventory {path} has no coordinate reference system; assign one (for example in QGIS)")
+    frame = frame.reset_index(drop=True)
+    ids = [_text(v) for v in frame[columns.glacier_id]]
+    geometry = frame.geometry.to_crs("EPSG:4326")
+    seen: set[str] = set()
+    keep: list[int] = []
+    shapes: list[Any] = []
+    rejected: list[tuple[str, str, str]] = []
+    for row, (glacier_id, shape) in enumerate(zip(ids, geometry, strict=True)):
+        usable, why, kind = _usable(shape)
+        if not glacier_id:
+            rejected.append((f"row {row + 1}", "the glacier has no id", "NoId"))
+        elif len(glacier_id) > 150:
+            rejected.append((glacier_id[:60] + "...", f"the id has {len(glacier_id)} characters (at most 150)", "BadId"))
+        elif glacier_id in seen:
+            rejected.append((glacier_id, f"the id occurs again in row {row + 1}; only the first is used", "DuplicateId"))
+        elif usable is None:
+            rejected.append((glacier_id, f"{why}; mend the outline in {path.name}", kind))
+        else:
+            seen.add(glacier_id)
+            keep.append(row)
+            shapes.append(usable)
+    out = frame.iloc[keep]
+    shapes_4326 = gpd.GeoSeries(shapes, crs="EPSG:4326")
+    points = shapes_4326.representative_point()
+    epsg = np.array([utm_epsg_of(p.x, p.y) for p in points], dtype=int)
+    area = _areas_km2(shapes_4326, epsg)
+    glaciers = gpd.GeoDataFrame(
+        {
+            "glacier_id": [ids[row] for row in keep],
+            "glacier_int": np.arange(1, len(keep) + 1),
+            "name": _column(out, columns.name, ""),
+            "country": _column(out, columns.country, settings.default_country),
+            "inventory_date": _dates(out, settings),
+            "inventory_area_km2": area,
+            "stated_area_km2": pd.to_numeric(pd.Series(_column(out, columns.area_km2, None)), errors="coerce").to_numpy(),
+            "lon": points.x.to_numpy(),
+            "lat": points.y.to_numpy(),
+            "utm_epsg": epsg,
+            "modelled": area >= settings.min_area_km2,
+        },
+        geometry=list(shapes_4326),
+        crs="EPSG:4326",
+    )
+    return TABLES["glaciers"].conform(glaciers), pd.DataFrame(rejected, columns=["glacier_id", "error", "kind"])
+
+
+def _read(path: Path, layer: str | None) -> gpd.GeoDataFrame:
+    if not path.exists():
+        raise SettingsError(f"inventory {path} does not exist (inventory.path, relative to data_root)")
+    try:
+        if path.suffix in {".parquet", ".geoparquet"}:
+            frame = gpd.read_parquet(path)
+        else:
+            frame = gpd.read_file(path, **({"layer": layer} if layer else {}))
+    except Exception as error:
+        raise SettingsError(f"inventory {path} can not be read as vector data: {error}") from error
+    if not isinstance(frame, gpd.GeoDataFrame) or "geometry" not in frame.columns:
+        raise SettingsError(f"inventory {path} has no geometry column")
+    return frame
+
+
+def _text(value: Any) -> str:
+    if value is None or (not isinstance(value, str) and pd.isna(value)):
+        return ""
+    if isinstance(value, float | np.floating) and float(value).is_integer():
+        return str(int(value))
+    return str(value).strip()
+
+
+def _usable(shape: Any) -> tuple[Any | None, str, str]:
+    """The polygon or multipolygon of an outline, or why there is none."""
+    if shape is None or shape.is_empty:
+        return None, "the outline is empty", "EmptyGeometry"
+    if shape.geom_type not in {"Polygon", "MultiPolygon", "GeometryCollection"}:
+        return None, f"the outline is a {shape.geom_type}, not a polygon", "NotAPolygon"
+    shape = shapely.force_2d(shape)
+    if not np.isfinite(shapely.get_coordinates(shape)).all():
+        return None, "the outline has coordinates that are no numbers", "BadCoordinates"
+    if not shape.is_valid:
+        shape = shapely.make_valid(shape)
+    if shape.geom_type == "GeometryCollection":
+        parts = [p for p in shapely.get_parts(shape) if p.geom_type in {"Polygon", "MultiPolygon"}]
+        shape = shapely.union_all(parts) if parts else shapely.Polygon()
+    if shape.geom_type not in {"Polygon", "MultiPolygon"} or shape.is_empty or shape.area == 0:
+        return None, "the outline encloses no area, even after repair", "NoArea"
+    west, south, east, north = shape.bounds
+    if west < -180.001 or east > 180.001 or south < -90 or north > 90:
+        return None, f"the outline lies at {west:.3f}, {south:.3f}, outside the world; is the CRS right?", "BadCoordinates"
+    return shape, "", ""
+
+
+def _column(frame: pd.DataFrame, name: str | None, default: Any) -> list[Any]:
+    if name is None or name not in frame.columns:
+        return [default] * len(frame)
+    return [default if v is None or (not isinstance(v, str) and pd.isna(v)) else v for v in frame[name]]
+
+
+def _dates(frame: pd.DataFrame, settings: InventorySettings) -> list[dt.datetime | None]:
+    default = settings.default_date
+    fallback = None if default is None else dt.datetime.combine(default, dt.time())
+    return [read_date(v) or fallback for v in _column(frame, settings.columns.date, None)]
+
+
+def read_date(value: Any) -> dt.datetime | None:
+    """Acquisition date as inventories write it; None where it is unknown.
+
+    Reads dates and times, ISO text, a year (2016, "2016.0"), and RGI's YYYYMMDD with 99 for an unknown month or day
+    and -9999999 for none. An unknown month becomes 15 August, an unknown day the 15th of its month.
+    """
+    if value is None or (not isinstance(value, str) and pd.isna(value)):
+        return None
+    if isinstance(value, dt.datetime):
+        return value.replace(tzinfo=None)
+    if isinstance(value, dt.date):
+        return dt.datetime.combine(value, dt.time())
+    text = str(value).strip()
+    if re.fullmatch(r"\d+\.0+", text):
+        text = text.split(".")[0]
+    if text.startswith("-") or not text:
+        return None
+    if re.fullmatch(r"\d{4}", text):
+        return dt.datetime(int(text), *UNKNOWN_DAY)
+    compact = re.fullmatch(r"(\d{4})(\d\d)(\d\d)", text)
+    try:
+        if compact:
+            year, month, day = (int(p) for p in compact.groups())
+            if month in (0, 99):
+                return dt.datetime(year, *UNKNOWN_DAY)
+            return dt.datetime(year, month, 15 if day in (0, 99) else day)
+        return dt.datetime.fromisoformat(text.replace("/", "-")).replace(tzinfo=None)
+    except ValueError:
+        return None
+
+
+def utm_epsg_of(lon: float, lat: float) -> int:
+    """EPSG code of the UTM zone of a point in degrees (WGS 84): 326zz north, 327zz south of the equator."""
+    zone = min(int((((lon + 180.0) % 360.0) // 6.0)) + 1, 60)
+    return (32700 if lat < 0 else 32600) + zone
+
+
+def _areas_km2(shapes: gpd.GeoSeries, epsg: np.ndarray) -> np.ndarray:
+    area = np.zeros(len(shapes))
+    for code in np.unique(epsg):
+        mine = epsg == code
+        area[mine] = shapes[mine].to_crs(int(code)).area.to_numpy() / 1e6
+    return area

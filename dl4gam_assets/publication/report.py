@@ -1,0 +1,324 @@
+"""The report of a year: one HTML page that needs nothing but itself.
+
+Belongs here: choosing from the tables what a reader should see, and saying plainly what it does not show.
+Does not belong here: computing estimates; drawing (``figures``); markup (``templates/report.html``).
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+from importlib import resources
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from upath import UPath
+
+from dl4gam_assets.settings import Region
+from dl4gam_assets.storage import Storage
+
+PAPER = (
+    "Diaconu, C.-A., Zekollari, H., and Bamber, J. L. (2025). Earth and Space Science, 12(9), e2025EA004197. "
+    "https://doi.org/10.1029/2025EA004197"
+)
+#: Rows of the tables of glaciers and of failures that are shown.
+SHOWN = 15
+CLOSE_UPS = 6
+_METHOD_NAMES = {
+    "extrapolated": "all glaciers (extrapolated)",
+    "extrapolated_without_snr": "all glaciers, without the signal-to-noise filter",
+    "measured": "measured glaciers, whatever their quality",
+    "filtered": "measured glaciers that pass the quality filter",
+}
+_SCOPE_NAMES = {
+    "scene": "whole scene (strict: false positives anywhere count)",
+    "ring": "within 50 m of the outline (as in the DL4GAM paper; reads higher)",
+    "debris": "debris-covered ice (recall only)",
+}
+_FLAGS = {
+    "snr": "the change is smaller than its own uncertainty",
+    "recall": "too little of the inventory outline was found again in the inventory year",
+}
+
+
+def write_report(storage: Storage, region: Region, year: int, path: UPath | os.PathLike[str]) -> None:
+    """Write the report of ``year`` as one self-contained HTML file (no script, no link to a resource).
+
+    Raises
+    ------
+    ValueError
+        if the year has no regional totals yet.
+    """
+    storage.write_text(UPath(path), render(collect(storage, region, year)))
+
+
+def render(content: dict[str, Any]) -> str:
+    """HTML of what :func:`collect` gathered; everything that comes from data is escaped."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["number"] = number
+    environment.filters["percent"] = lambda v, digits=0: number(None if _null(v) else 100 * float(v), digits)
+    environment.filters["day"] = lambda v: "" if _null(v) else f"{pd.Timestamp(v):%Y-%m-%d}"
+    text = (resources.files("dl4gam_assets.publication") / "templates" / "report.html").read_text(encoding="utf-8")
+    return environment.from_string(text).render(content)
+
+
+def number(value: Any, digits: int = 2, signed: bool = False) -> str:
+    """A figure for readers: true minus sign, an en dash where there is none."""
+    if _null(value):
+        return "–"
+    text = f"{float(value):{'+' if signed else ''},.{digits}f}"
+    if not text.strip("+-0.,"):
+        text = text.lstrip("+-")
+    return text.replace("-", "−")
+
+
+def collect(storage: Storage, region: Region, year: int) -> dict[str, Any]:
+    """Everything that the page shows, as plain values and image addresses."""
+    from dl4gam_assets import __version__
+
+    baseline_year = region.years.baseline
+    regional = storage.read_table("regional_changes")
+    regional = regional[regional["year"] <= year] if year >= baseline_year else regional[regional["year"] == year]
+    mine = regional[regional["year"] == year]
+    if mine.empty:
+        raise ValueError(f"no regional totals of {year} for {region.name}: materialize regional_change first")
+    totals = {r["method"]: r for r in mine[mine["grouping"] == "region"].to_dict("records")}
+    glaciers = storage.read_table("glaciers")
+    areas = storage.read_table("areas", year=year)
+    changes = storage.read_table("changes", year=year)
+    is_baseline = year == baseline_year
+    return {
+        "title": region.title or region.name,
+        "region": region,
+        "year": year,
+        "baseline_year": baseline_year,
+        "is_baseline": is_baseline,
+        "tag": "simulated" if region.simulation is not None else str(getattr(region.imagery.catalog, "tag", "")),
+        "note": region.evaluation.note,
+        "totals": totals,
+        "method_names": _METHOD_NAMES,
+        "headline": _headline(totals, is_baseline),
+        "counts": {
+            "inventory": len(glaciers),
+            "modelled": int(glaciers["modelled"].astype(bool).sum()),
+            "measured": len(areas),
+            "inventory_km2": float(glaciers["inventory_area_km2"].sum()),
+        },
+        "dates": _dates(areas),
+        **_maps(storage, glaciers, changes, year, baseline_year),
+        **_series(regional, baseline_year),
+        **_classes(mine, region),
+        "countries": _countries(mine),
+        "largest": _largest(changes, glaciers),
+        "quality": _quality(storage),
+        "coverage": _coverage(storage, region),
+        "calibration": storage.read_table("calibration").drop_duplicates("fold").sort_values("fold").to_dict("records"),
+        **_failures(storage, year),
+        "exclusions": _exclusions(changes),
+        "paper": PAPER,
+        "sources": _sources(region, areas),
+        "fingerprint": region.fingerprint(),
+        "version": __version__,
+        "made": f"{dt.datetime.now(dt.UTC):%Y-%m-%d %H:%M} UTC",
+    }
+
+
+# --------------------------------------------------------------------------------------------- parts
+def _null(value: Any) -> bool:
+    return value is None or value is pd.NA or bool(pd.isna(value))
+
+
+def _headline(totals: dict[str, dict[str, Any]], is_baseline: bool) -> dict[str, Any]:
+    """The figure on top: extrapolated where it exists, otherwise measured; and what its interval lets one say."""
+    for method in ("extrapolated", "measured"):
+        row = totals.get(method)
+        column = "area_km2" if is_baseline else "rate_pct_per_year"
+        if row is None or _null(row[column]):
+            continue
+        out = {"method": method, "name": _METHOD_NAMES[method], "row": row, "verdict": ""}
+        if not is_baseline and not _null(row["rate_std_pct_per_year"]):
+            rate, std = float(row["rate_pct_per_year"]), float(row["rate_std_pct_per_year"])
+            if abs(rate) <= std:
+                out["verdict"] = "The interval contains zero: these figures do not show a change."
+            elif abs(rate) <= 2 * std:
+                out["verdict"] = "The change is more than one, but less than two standard deviations from zero."
+        return out
+    return {"method": None, "name": "", "row": None, "verdict": ""}
+
+
+def _dates(areas: pd.DataFrame) -> dict[str, Any] | None:
+    if areas.empty:
+        return None
+    days = areas["image_date"]
+    return {"first": days.min(), "last": days.max(), "n": int(days.nunique())}
+
+
+def _maps(
+    storage: Storage, glaciers: Any, changes: pd.DataFrame, year: int, baseline_year: int
+) -> dict[str, Any]:
+    from dl4gam_assets.publication import figures
+
+    out: dict[str, Any] = {"map": None, "close_ups": None, "close_up_names": []}
+    if glaciers.empty:
+        return out
+    outlines = storage.read_table("outlines", year=year)
+    now = outlines[outlines["bound"] == "best"]
+    before = storage.read_table("outlines", year=baseline_year)
+    before = before[before["bound"] == "best"]
+    epsg = int(glaciers["utm_epsg"].mode().iloc[0])
+    out["map"] = figures.overview_map(glaciers, before, now, (baseline_year, year), epsg)
+    if len(changes):
+        sure = changes[changes["ok"].astype(bool)].assign(change=lambda f: f["area_km2"] - f["baseline_area_km2"])
+        top = sure.nsmallest(CLOSE_UPS, "change")
+        names = _names(glaciers)
+        if len(top):
+            titles = [
+                f"{names.get(r.glacier_id) or r.glacier_id}: {number(r.change, 3, True)} km²" for r in top.itertuples()
+            ]
+            ids = top["glacier_id"].astype(str).tolist()
+            upper = outlines[outlines["bound"] == "upper"]
+            chosen = [f[f["glacier_id"].isin(ids)] for f in (before, now, upper)]
+            out["close_ups"] = figures.close_ups(ids, titles, *chosen, epsg)
+            out["close_up_names"] = titles
+    return out
+
+
+def _names(glaciers: pd.DataFrame) -> dict[str, str]:
+    return {
+        str(g): str(n) for g, n in zip(glaciers["glacier_id"], glaciers["name"].fillna("").astype(str)) if n
+    }
+
+
+def _series(regional: pd.DataFrame, baseline_year: int) -> dict[str, Any]:
+    from dl4gam_assets.publication import figures
+
+    rows = regional[(regional["grouping"] == "region") & regional["method"].isin(["extrapolated", "measured"])]
+    table = []
+    for y, of_year in rows.groupby("year"):
+        by_method = of_year.set_index("method")
+        line: dict[str, Any] = {"year": int(y)}
+        for method in ("extrapolated", "measured"):
+            found = by_method.loc[method].to_dict() if method in by_method.index else {}
+            line[method] = {k: found.get(k) for k in ("area_km2", "std_km2", "n_glaciers", "n_measured")}
+        table.append(line)
+    drawn = rows[rows["area_km2"].notna()]
+    picture = figures.area_series(drawn, baseline_year) if drawn["year"].nunique() > 1 else None
+    return {"series": table, "series_figure": picture}
+
+
+def _classes(mine: pd.DataFrame, region: Region) -> dict[str, Any]:
+    from dl4gam_assets.change import size_class_labels
+    from dl4gam_assets.publication import figures
+
+    order = {label: i for i, label in enumerate(size_class_labels(region.change.size_class_edges_km2))}
+    rows = mine[(mine["grouping"] == "size_class") & (mine["method"] == "extrapolated") & mine["area_km2"].notna()]
+    if rows.empty:
+        rows = mine[(mine["grouping"] == "size_class") & (mine["method"] == "measured") & mine["area_km2"].notna()]
+    rows = rows.assign(label=rows["group"], order=rows["group"].map(order)).sort_values("order")
+    if rows.empty:
+        return {"classes": [], "classes_figure": None, "classes_method": ""}
+    method = _METHOD_NAMES[str(rows["method"].iloc[0])]
+    return {
+        "classes": rows.to_dict("records"), "classes_figure": figures.size_classes(rows), "classes_method": method,
+    }  # fmt: skip
+
+
+def _countries(mine: pd.DataFrame) -> list[dict[str, Any]]:
+    rows = mine[(mine["grouping"] == "country") & (mine["method"] == "extrapolated")]
+    return rows.sort_values("area_km2", ascending=False).to_dict("records") if len(rows) > 1 else []
+
+
+def _largest(changes: pd.DataFrame, glaciers: pd.DataFrame) -> list[dict[str, Any]]:
+    if changes.empty:
+        return []
+    names = _names(glaciers)
+    rows = changes.assign(
+        change_km2=changes["area_km2"] - changes["baseline_area_km2"], name=changes["glacier_id"].map(names).fillna("")
+    )
+    rows = rows.reindex(rows["change_km2"].abs().sort_values(ascending=False, kind="stable").index)
+    return rows.head(SHOWN).to_dict("records")
+
+
+def _quality(storage: Storage) -> list[dict[str, Any]]:
+    """Held-out scores by scope: the ensemble first, baselines beside it."""
+    from dl4gam_assets.change import pooled_scores
+
+    pooled = pooled_scores(storage.read_table("evaluation"))
+    out = []
+    for scope in _SCOPE_NAMES:
+        rows = pooled[pooled["scope"] == scope]
+        rows = rows.assign(first=rows["method"] != "ensemble").sort_values(["first", "method"])
+        if len(rows):
+            out.append({"scope": scope, "name": _SCOPE_NAMES[scope], "rows": rows.to_dict("records")})
+    return out
+
+
+def _coverage(storage: Storage, region: Region) -> dict[str, Any] | None:
+    """How many inventory areas lie inside their glacier's interval in the baseline year."""
+    areas = storage.read_table("baseline_areas")
+    areas = areas[areas["inventory_area_km2"].notna()]
+    if areas.empty:
+        return None
+    inside = (areas["lower_km2"] <= areas["inventory_area_km2"]) & (areas["inventory_area_km2"] <= areas["upper_km2"])
+    n = len(areas)
+    share = float(inside.mean())
+    return {
+        "inside": int(inside.sum()), "n": n, "share": share, "target": region.calibration.coverage,
+        "error": float(np.sqrt(share * (1 - share) / n)),
+    }  # fmt: skip
+
+
+def _failures(storage: Storage, year: int) -> dict[str, Any]:
+    """Failures of this year and those that no year owns (inventory, folds)."""
+    failures = storage.read_table("failures")
+    part = failures["partition"].astype(str)
+    own = part.str.match(rf"^{year}(\.|$)") | ~part.str.match(r"^\d{4}(\.|$)")
+    # Glaciers without a rate are no failure of the method; they are told among the exclusions.
+    no_rate = failures[own & (failures["stage"] == "area_change")]
+    failed = failures[own & (failures["stage"] != "area_change")]
+    by_stage = failed.groupby("stage")["glacier_id"].nunique().sort_values(ascending=False)
+    return {
+        "failures": failed.sort_values(["stage", "glacier_id"]).to_dict("records"),
+        "failures_by_stage": [(str(s), int(n)) for s, n in by_stage.items()],
+        "no_rate": [(str(r), int(n)) for r, n in no_rate["error"].value_counts().items()],
+    }
+
+
+def _exclusions(changes: pd.DataFrame) -> list[dict[str, Any]]:
+    """Measured glaciers that the quality filter objects to, by reason."""
+    out = []
+    flags = changes["flags"].fillna("").str.split(",")
+    for flag, meaning in _FLAGS.items():
+        hit = flags.map(lambda own, flag=flag: flag in own).astype(bool)
+        if hit.any():
+            out.append(
+                {
+                    "flag": flag,
+                    "meaning": meaning,
+                    "n": int(hit.sum()),
+                    "area_km2": float(changes.loc[hit, "baseline_area_km2"].sum()),
+                }
+            )
+    return out
+
+
+def _sources(region: Region, areas: pd.DataFrame) -> list[tuple[str, str]]:
+    out = [("Method", PAPER)]
+    if region.inventory.source:
+        out.append(("Inventory", region.inventory.source))
+    sensor = region.imagery.sensor.name
+    if "sentinel-2" in sensor.lower() and region.simulation is None:
+        when = "" if areas.empty else f" {int(areas['image_date'].dt.year.min())}"
+        out.append(("Imagery", f"{sensor}; contains modified Copernicus Sentinel data{when}"))
+    else:
+        out.append(("Imagery", f"{sensor}{', simulated' if region.simulation is not None else ''}"))
+    if region.terrain.dem_source:
+        out.append(("Elevation", region.terrain.dem_source))
+    if region.terrain.elevation_change_source:
+        out.append(("Elevation change", region.terrain.elevation_change_source))
+    return out

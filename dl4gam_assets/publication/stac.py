@@ -1,0 +1,188 @@
+"""STAC catalog of a year's outputs: one item a glacier map, the outlines at the collection.
+
+Belongs here: describing files that exist, with links relative to the catalog, so that the store can be moved or
+served as it is.
+Does not belong here: copying or making files.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+import posixpath
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from upath import UPath
+
+from dl4gam_assets.settings import Region
+from dl4gam_assets.storage import Storage, safe_name
+
+if TYPE_CHECKING:
+    import pystac
+
+_COG = "image/tiff; application=geotiff; profile=cloud-optimized"
+_PARQUET = "application/vnd.apache.parquet"
+_PROJECTION = "https://stac-extensions.github.io/projection/v2.0.0/schema.json"
+
+
+def write_stac(storage: Storage, region: Region, year: int, folder: UPath | os.PathLike[str]) -> int:
+    """Write ``catalog.json``, ``collection.json`` and ``items/<glacier>.json`` below ``folder``; returns the items.
+
+    An item has the glacier's best outline as geometry (the map's box where nothing was predicted), the image's date
+    as datetime, the projection extension, the area with its interval, and the map as asset. Items of glaciers that
+    have no map any more are removed. The catalog itself is written last, so that it never names what is not there.
+
+    Raises
+    ------
+    FileNotFoundError
+        if a map that the table ``predictions`` names is not in the store.
+    """
+    import pystac
+
+    folder = UPath(folder)
+    base = folder.as_posix()
+    predictions = storage.read_table("predictions", year=year)
+    areas = storage.read_table("areas", year=year).set_index("glacier_id")
+    cubes = storage.read_table("cubes", year=year).set_index("glacier_id")
+    outlines = storage.read_table("outlines", year=year)
+    outlines = outlines[outlines["bound"] == "best"].set_index("glacier_id")
+    tag = _tag(region)
+
+    items = []
+    for row in predictions.sort_values("glacier_id").itertuples(index=False):
+        glacier = str(row.glacier_id)
+        figures = areas.loc[glacier].to_dict() if glacier in areas.index else {}
+        date = figures.get("image_date", cubes.loc[glacier, "image_date"] if glacier in cubes.index else None)
+        if date is None or pd.isna(date):
+            raise ValueError(f"map of {glacier} in {year} has no image date: materialize glacier_areas again")
+        outline = outlines.geometry.loc[glacier] if glacier in outlines.index else None
+        items.append(_item(storage, base, glacier, year, pd.Timestamp(date), outline, figures, int(row.fold), tag))
+
+    collection = _collection(storage, region, year, items, outlines, base, tag)
+    catalog = pystac.Catalog(
+        id=f"{region.name}-{year}",
+        title=f"{region.title or region.name} {year}{' (simulated)' if tag else ''}",
+        description=f"Glacier maps and outlines of {region.title or region.name} in {year}, by dl4gam_assets.",
+        catalog_type=pystac.CatalogType.SELF_CONTAINED,
+    )
+    catalog.set_self_href(posixpath.join(base, "catalog.json"))
+    catalog.add_child(collection)
+    collection.set_self_href(posixpath.join(base, "collection.json"))
+    collection.add_items(items)
+    names = set()
+    for item in items:
+        name = f"{safe_name(str(item.properties['dl4gam:glacier_id']))}.json"
+        names.add(name)
+        item.set_self_href(posixpath.join(base, "items", name))
+    for item in items:
+        storage.write_json(UPath(item.self_href), item.to_dict(include_self_link=False))
+    storage.write_json(folder / "collection.json", collection.to_dict(include_self_link=False))
+    storage.write_json(folder / "catalog.json", catalog.to_dict(include_self_link=False))
+    if (folder / "items").exists():
+        for stale in list((folder / "items").glob("*.json")):
+            if stale.name not in names:
+                stale.unlink()
+    return len(items)
+
+
+def _tag(region: Region) -> str:
+    return "simulated" if region.simulation is not None else str(getattr(region.imagery.catalog, "tag", ""))
+
+
+def _relative(target: UPath, start: str) -> str:
+    return posixpath.relpath(target.as_posix(), start)
+
+
+def _item(
+    storage: Storage, base: str, glacier: str, year: int, date: pd.Timestamp, outline: Any,
+    figures: Mapping[str, Any], fold: int, tag: str,
+) -> pystac.Item:  # fmt: skip
+    import pystac
+    import rasterio
+    import shapely
+    from rasterio.warp import transform_bounds
+
+    path = storage.prediction(year, glacier)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing, though the table predictions names it: materialize it again")
+    with storage.reading(path) as local, rasterio.open(local) as source:
+        code = source.crs.to_epsg()
+        shape = [source.height, source.width]
+        transform = list(source.transform)[:6]
+        box = transform_bounds(source.crs, "EPSG:4326", *source.bounds)
+        bands = [{"name": d or f"band {i}"} for i, d in enumerate(source.descriptions, start=1)]
+    geometry = shapely.box(*box) if outline is None or outline.is_empty else outline
+    properties: dict[str, Any] = {
+        "dl4gam:glacier_id": glacier,
+        "dl4gam:year": year,
+        "dl4gam:fold": fold,
+        "proj:code": f"EPSG:{code}",
+        "proj:shape": shape,
+        "proj:transform": transform,
+    }
+    for name in ("area_km2", "lower_km2", "upper_km2", "recall"):
+        value = figures.get(name)
+        if value is not None and not pd.isna(value):
+            properties[f"dl4gam:{name}"] = round(float(value), 6)
+    if tag:
+        properties["dl4gam:tag"] = tag
+    item = pystac.Item(
+        id=f"{glacier}-{year}",
+        geometry=shapely.geometry.mapping(shapely.set_precision(geometry, 1e-7)),
+        bbox=[round(float(v), 7) for v in shapely.total_bounds(geometry)],
+        datetime=date.to_pydatetime().replace(tzinfo=dt.UTC),
+        properties=properties,
+        stac_extensions=[_PROJECTION],
+    )
+    item.add_asset(
+        "prediction",
+        pystac.Asset(
+            href=_relative(path, posixpath.join(base, "items")),
+            title="Ensemble map: probability and its standard deviation",
+            media_type=_COG,
+            roles=["data"],
+            extra_fields={"bands": bands},
+        ),
+    )
+    return item
+
+
+def _collection(
+    storage: Storage, region: Region, year: int, items: list[pystac.Item], outlines: pd.DataFrame, base: str, tag: str
+) -> pystac.Collection:
+    import pystac
+
+    boxes = [i.bbox for i in items if i.bbox]
+    box = (
+        [min(b[0] for b in boxes), min(b[1] for b in boxes), max(b[2] for b in boxes), max(b[3] for b in boxes)]
+        if boxes
+        else [-180.0, -90.0, 180.0, 90.0]
+    )
+    dates = [i.datetime for i in items if i.datetime is not None]
+    first = min(dates, default=dt.datetime(year, 1, 1, tzinfo=dt.UTC))
+    last = max(dates, default=dt.datetime(year, 12, 31, tzinfo=dt.UTC))
+    words = ["glacier", "area", "segmentation", "ensemble", *([tag] if tag else [])]
+    collection = pystac.Collection(
+        id=f"{region.name}-{year}-glaciers",
+        title=f"Glaciers of {region.title or region.name} in {year}{' (simulated)' if tag else ''}",
+        description=region.description or f"Held-out ensemble maps of the glaciers of {region.title or region.name}.",
+        extent=pystac.Extent(pystac.SpatialExtent([box]), pystac.TemporalExtent([[first, last]])),
+        catalog_type=pystac.CatalogType.SELF_CONTAINED,
+        license="other",
+        keywords=words,
+        extra_fields={"sci:citation": region.inventory.source} if region.inventory.source else {},
+    )
+    path = storage.table("outlines", {"year": year})
+    if path.exists():
+        collection.add_asset(
+            "outlines",
+            pystac.Asset(
+                href=_relative(path, base),
+                title=f"Outlines of {len(outlines)} glaciers: best, lower and upper (GeoParquet, EPSG:4326)",
+                media_type=_PARQUET,
+                roles=["data"],
+            ),
+        )
+    return collection

@@ -1,0 +1,94 @@
+"""DEM and dh/dt mosaics onto a grid.
+
+Belongs here: warping elevation rasters, choosing the dh/dt period of a year.
+Does not belong here: derivatives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import rasterio
+import rasterio.warp
+from rasterio.enums import Resampling
+
+from dl4gam_assets.settings import ElevationChangePeriod
+
+if TYPE_CHECKING:
+    from odc.geo.geobox import GeoBox
+
+
+def read_elevation(paths: Sequence[Path], geobox: GeoBox, nodata: float | None = None) -> np.ndarray:
+    """Elevation on a grid, bilinear, mosaicked in the order of the files (the first that has a value wins).
+
+    Parameters
+    ----------
+    paths : DEM files in any CRS
+    geobox : target grid
+    nodata : value that means missing in files that do not say
+
+    Returns
+    -------
+    float32 array (H, W) in the files' unit (metres), NaN where no file has a value.
+
+    Raises
+    ------
+    FileNotFoundError
+        if a file is absent.
+    """
+    out = np.full(geobox.shape, np.nan, dtype=np.float32)
+    for path in paths:
+        missing = np.isnan(out)
+        if not missing.any():
+            break
+        out = np.where(missing, _warp(path, geobox, nodata), out)
+    return out
+
+
+def _warp(path: Path, geobox: GeoBox, nodata: float | None) -> np.ndarray:
+    if not path.exists():
+        raise FileNotFoundError(f"elevation file {path} does not exist")
+    out = np.full(geobox.shape, np.nan, dtype=np.float32)
+    with rasterio.open(path) as source:
+        rasterio.warp.reproject(
+            rasterio.band(source, 1),
+            out,
+            src_nodata=source.nodata if source.nodata is not None else nodata,
+            dst_transform=geobox.affine,
+            dst_crs=str(geobox.crs),
+            dst_nodata=np.nan,
+            init_dest_nodata=True,
+            resampling=Resampling.bilinear,
+        )
+    return out
+
+
+def match_period(periods: Sequence[ElevationChangePeriod], year: int) -> ElevationChangePeriod | None:
+    """The dh/dt period that belongs to a year.
+
+    The latest period that has ended by the year (2010 to 2015 for the inventory of 2015, 2015 to 2020 for 2023, as
+    published), so that an image is never judged with elevation change of its future; for earlier years the first
+    period there is. None without periods.
+    """
+    if not periods:
+        return None
+    ended = [p for p in periods if p.end <= year]
+    return max(ended, key=lambda p: (p.end, p.start)) if ended else min(periods, key=lambda p: (p.end, p.start))
+
+
+def read_elevation_change(
+    periods: Sequence[ElevationChangePeriod], year: int, geobox: GeoBox
+) -> tuple[np.ndarray, ElevationChangePeriod | None]:
+    """dh/dt (m/yr) on a grid for a year, and the period it is of.
+
+    Returns
+    -------
+    float32 array (H, W), NaN where missing (everywhere without periods), and the period or None.
+    """
+    period = match_period(periods, year)
+    if period is None:
+        return np.full(geobox.shape, np.nan, dtype=np.float32), None
+    return _warp(Path(period.path), geobox, None), period

@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dl4gam_assets.change import area_changes, combined_std, fit_rate_law, regional_changes, size_class
+from dl4gam_assets.change.regional import size_class_labels
+from dl4gam_assets.settings import ChangeSettings
+
+EDGES = ChangeSettings().size_class_edges_km2
+WHOLE = ChangeSettings(dates="whole_years")
+
+
+def inventory_of(area: np.ndarray, country: list[str] | None = None) -> pd.DataFrame:
+    n = len(area)
+    return pd.DataFrame(
+        {
+            "glacier_id": [f"g{i:04d}" for i in range(n)],
+            "inventory_area_km2": area,
+            "inventory_date": pd.Timestamp("2015-09-01"),
+            "country": country or ["CH"] * n,
+        }
+    )
+
+
+def areas_of(inventory: pd.DataFrame, year: int, area: np.ndarray, std: np.ndarray) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "glacier_id": inventory["glacier_id"], "year": year, "image_date": pd.Timestamp(f"{year}-09-01"),
+            "area_km2": area, "std_km2": std, "recall": 1.0,
+        }
+    )  # fmt: skip
+
+
+def totals(frame: pd.DataFrame, grouping: str = "region") -> pd.DataFrame:
+    return frame[frame["grouping"] == grouping].set_index(["group", "method"])
+
+
+@settings(max_examples=50, deadline=None)
+@given(std=st.lists(st.floats(0, 100), min_size=1, max_size=20), rho=st.floats(0, 1))
+def test_correlated_sum_lies_between_quadrature_and_linear(std: list[float], rho: float) -> None:
+    s = np.array(std)
+    assert combined_std(s, 1.0) == pytest.approx(s.sum())
+    assert combined_std(s, 0.0) == pytest.approx(np.sqrt((s**2).sum()))
+    assert combined_std(s, 0.0) - 1e-9 <= combined_std(s, rho) <= combined_std(s, 1.0) + 1e-9
+    # The formula is the quadratic form of the correlation matrix itself.
+    matrix = np.full((len(s), len(s)), rho) + (1 - rho) * np.eye(len(s))
+    assert combined_std(s, rho) == pytest.approx(np.sqrt(s @ matrix @ s), abs=1e-9)
+
+
+def test_size_classes_are_half_open() -> None:
+    assert size_class(np.array([0.005, 0.01, 0.0999, 0.1, 20.0]), EDGES).tolist() == [0, 1, 1, 2, 9]
+    labels = size_class_labels(EDGES)
+    assert labels[0] == "< 0.01" and labels[1] == "0.01 to 0.1" and labels[9] == ">= 20" and len(labels) == 10
+
+
+def test_the_law_of_rates_is_found_again_from_noisy_glaciers() -> None:
+    rng = np.random.default_rng(11)
+    area = 10 ** rng.uniform(-1, 1.3, 800)
+    std = rng.uniform(0.3, 1.5, 800)
+    truth = (-2.0, 0.9, -0.15)
+    x = np.log10(area)
+    rate = np.polynomial.polynomial.polyval(x, truth) + rng.normal(0, std)
+    law = fit_rate_law(area, rate, std, EDGES)
+    assert law.kind == "quadratic"
+    # Standard errors of this design by hand: (X' W X)^-1.
+    design = np.column_stack([np.ones_like(x), x, x**2])
+    errors = np.sqrt(np.diag(np.linalg.inv(design.T @ (design / std[:, None] ** 2))))
+    assert (np.abs(np.array(law.coefficients) - truth) < 3.5 * errors).all()
+    predicted, uncertainty = law.predict(np.array([0.05, 1.0, 15.0]))
+    assert predicted == pytest.approx(np.polynomial.polynomial.polyval(np.log10([0.05, 1.0, 15.0]), truth), abs=0.4)
+    assert ((uncertainty > 0.7) & (uncertainty < 1.3)).all()
+    # Weights matter: precise glaciers decide, wild ones do not.
+    wild = np.arange(800) % 4 == 0
+    spoiled = fit_rate_law(area, np.where(wild, rate + 50, rate), np.where(wild, 1e4, std), EDGES)
+    assert spoiled.coefficients == pytest.approx(law.coefficients, abs=0.25)
+
+
+def test_few_glaciers_give_their_weighted_mean_and_none_give_nothing() -> None:
+    law = fit_rate_law(np.array([1.0, 3.0]), np.array([-2.0, -1.0]), np.array([0.1, 0.1]), EDGES)
+    rate, std = law.predict(np.array([0.02, 8.0]))
+    assert law.kind == "mean" and rate == pytest.approx([-1.25, -1.25])
+    assert std == pytest.approx([np.sqrt(0.1875)] * 2)
+    none = fit_rate_law(np.array([]), np.array([]), np.array([]), EDGES)
+    assert none.kind == "none" and np.isnan(none.predict(np.array([1.0]))[0]).all()
+
+
+def test_a_law_of_few_glaciers_is_flat_outside_their_areas() -> None:
+    area = np.geomspace(0.2, 5, 8)
+    law = fit_rate_law(area, -3 + np.log10(area), np.full(8, 0.5), EDGES)
+    rate, _ = law.predict(np.array([0.001, 0.2, 5.0, 500.0]))
+    assert rate[0] == pytest.approx(rate[1]) and rate[2] == pytest.approx(rate[3])
+
+
+def test_the_smallest_class_borrows_from_the_next() -> None:
+    area = np.concatenate([np.linspace(0.11, 0.19, 20), np.linspace(2.1, 4.9, 20)])
+    std = np.concatenate([np.full(20, 2.0), np.full(20, 0.2)])
+    law = fit_rate_law(area, np.full(40, -2.0), std, EDGES)
+    assert law.predict(np.array([0.02, 0.15, 3.0, 50.0]))[1] == pytest.approx([2.0, 2.0, 0.2, 0.2])
+
+
+def test_totals_by_hand_and_extrapolation_starts_from_the_inventory() -> None:
+    inventory = inventory_of(np.array([1.0, 2.0, 4.0]), ["CH", "CH", "AT"])
+    first, later = inventory.iloc[:2], inventory.iloc[:2]
+    baseline = areas_of(first, 2015, np.array([1.0, 2.0]), np.array([0.03, 0.06]))
+    areas = areas_of(later, 2019, np.array([0.8, 1.6]), np.array([0.04, 0.08]))
+    changes, _ = area_changes(baseline, areas, WHOLE)
+    rows = regional_changes(changes, inventory, areas, WHOLE, 2019, 2015)
+    region = totals(rows)
+    measured = region.loc[("all", "measured")]
+    assert measured["rate_km2_per_year"] == pytest.approx(-0.15)
+    assert measured["rate_std_km2_per_year"] == pytest.approx(np.hypot(0.09, 0.12) / 4)  # linear, then quadrature
+    assert measured["rate_pct_per_year"] == pytest.approx(-5.0)
+    assert (measured["baseline_area_km2"], measured["area_km2"], measured["std_km2"]) == pytest.approx((3.0, 2.4, 0.12))
+    every = region.loc[("all", "extrapolated")]
+    assert every["n_glaciers"] == 3 and every["n_measured"] == 2
+    assert every["rate_km2_per_year"] == pytest.approx(-0.15 - 0.05 * 4)
+    assert every["area_km2"] == pytest.approx(2.4 + 4 * 0.8)
+    country = totals(rows, "country")
+    assert country.loc[("AT", "measured"), "n_glaciers"] == 0 and np.isnan(country.loc[("AT", "measured"), "area_km2"])
+    assert country.loc[("AT", "extrapolated"), "area_km2"] == pytest.approx(3.2)
+
+
+def test_the_filter_and_the_method_without_it() -> None:
+    area = np.geomspace(0.2, 10, 20)
+    inventory = inventory_of(area)
+    shrink = np.where(np.arange(20) % 2, 0.8, 0.999)
+    baseline = areas_of(inventory, 2015, area, 0.01 * area)
+    areas = areas_of(inventory, 2019, area * shrink, 0.01 * area)
+    changes, _ = area_changes(baseline, areas, WHOLE)
+    region = totals(regional_changes(changes, inventory, areas, WHOLE, 2019, 2015)).loc["all"]
+    assert region.loc["filtered", "n_glaciers"] == 10 and region.loc["measured", "n_glaciers"] == 20
+    assert region.loc["filtered", "rate_pct_per_year"] == pytest.approx(-5.0)
+    assert region.loc["extrapolated", "rate_pct_per_year"] == pytest.approx(-5.0, abs=0.05)
+    assert region.loc["extrapolated_without_snr", "rate_pct_per_year"] == pytest.approx(
+        region.loc["measured", "rate_pct_per_year"]
+    )
+    assert region.loc["measured", "rate_pct_per_year"] > -3.2
+
+
+def test_the_baseline_year_has_areas_and_no_rates() -> None:
+    inventory = inventory_of(np.array([1.0, 2.0, 4.0]))
+    areas = areas_of(inventory.iloc[:2], 2015, np.array([1.1, 1.9]), np.array([0.11, 0.19]))
+    empty, _ = area_changes(areas, areas, WHOLE)
+    region = totals(regional_changes(empty, inventory, areas, WHOLE, 2015, 2015)).loc["all"]
+    assert region["rate_km2_per_year"].isna().all() and region["rate_pct_per_year"].isna().all()
+    assert region.loc["measured", "area_km2"] == pytest.approx(3.0)
+    assert region.loc["extrapolated", "area_km2"] == pytest.approx(7.0)
+    assert region.loc["extrapolated", "std_km2"] == pytest.approx(0.3 + 0.4)  # 10% as the measured ones
+
+
+def test_no_glacier_loses_more_than_it_has() -> None:
+    inventory = inventory_of(np.array([1.0, 0.05]))
+    baseline = areas_of(inventory.iloc[:1], 2015, np.array([1.0]), np.array([0.01]))
+    areas = areas_of(inventory.iloc[:1], 2017, np.array([0.4]), np.array([0.01]))
+    inventory["inventory_date"] = [pd.Timestamp("2015-09-01"), pd.Timestamp("2005-09-01")]
+    changes, _ = area_changes(baseline, areas, WHOLE)
+    every = totals(regional_changes(changes, inventory, areas, WHOLE, 2017, 2015)).loc[("all", "extrapolated")]
+    assert every["area_km2"] == pytest.approx(0.4)
+    assert every["rate_km2_per_year"] == pytest.approx(-0.3 - 0.05 / 12)
+
+
+def test_a_year_without_any_measurement_and_strangers() -> None:
+    inventory = inventory_of(np.array([1.0]))
+    baseline = areas_of(inventory, 2015, np.array([1.0]), np.array([0.01]))
+    nothing = baseline.iloc[:0]
+    changes, excluded = area_changes(baseline, nothing, WHOLE)
+    assert excluded["reason"].tolist() == ["not_measured"]
+    region = totals(regional_changes(changes, inventory, nothing, WHOLE, 2020, 2015)).loc["all"]
+    assert region.loc["measured", "n_glaciers"] == 0 and region["rate_pct_per_year"].isna().all()
+    stranger = areas_of(inventory, 2020, np.array([0.9]), np.array([0.01])).assign(glacier_id="stranger")
+    with pytest.raises(ValueError, match="stranger"):
+        regional_changes(changes, inventory, stranger, WHOLE, 2020, 2015)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10_000), n=st.integers(2, 40), rho=st.floats(0, 1))
+def test_groups_add_up_and_order_does_not_matter(seed: int, n: int, rho: float) -> None:
+    rng = np.random.default_rng(seed)
+    area = 10 ** rng.uniform(-2, 1.4, n)
+    inventory = inventory_of(area, [str(c) for c in rng.choice(["CH", "AT", "IT", ""], n)])
+    setting = WHOLE.model_copy(update={"between_glacier_correlation": rho})
+    known = inventory[rng.random(n) < 0.7]
+    size = known["inventory_area_km2"].to_numpy()
+    baseline = areas_of(known, 2015, size, 0.05 * size)
+    areas = areas_of(known, 2023, size * rng.uniform(0.6, 1.02, len(known)), 0.05 * size)
+    changes, _ = area_changes(baseline, areas, setting)
+    rows = regional_changes(changes, inventory, areas, setting, 2023, 2015)
+    mixed = regional_changes(
+        changes.sample(frac=1, random_state=1), inventory.sample(frac=1, random_state=2), areas[::-1], setting, 2023, 2015
+    )
+    pd.testing.assert_frame_equal(rows, mixed)
+    for method, of_method in rows.groupby("method"):
+        whole = of_method[of_method["grouping"] == "region"].iloc[0]
+        for grouping in ("country", "size_class"):
+            parts = of_method[of_method["grouping"] == grouping]
+            assert parts["n_glaciers"].sum() == whole["n_glaciers"]
+            for column in ("area_km2", "baseline_area_km2", "rate_km2_per_year"):
+                if not np.isnan(whole[column]):
+                    assert np.nansum(parts[column]) == pytest.approx(whole[column]), (method, column)
+            if rho == 1.0 and not np.isnan(whole["std_km2"]):
+                assert np.nansum(parts["std_km2"]) == pytest.approx(whole["std_km2"])
+        if method.startswith("extrapolated"):
+            assert whole["n_glaciers"] == n

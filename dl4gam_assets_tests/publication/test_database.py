@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+
+import duckdb
+import pandas as pd
+import pytest
+import shapely
+
+from dl4gam_assets.publication import build_database, query_database
+from dl4gam_assets.publication.database import VIEWS
+from dl4gam_assets.settings import Region
+from dl4gam_assets.storage import Storage
+from dl4gam_assets.tables import TABLES
+
+
+@pytest.fixture(scope="module")
+def database(store: Storage, region: Region, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("database") / "results.duckdb"
+    counts = build_database(store, region, path)
+    assert counts["glaciers"] == 12 and counts["areas"] == 29 and counts["scenes"] == 0
+    return path
+
+
+@pytest.mark.parametrize("name", sorted(TABLES))
+def test_every_table_is_there_with_types_keys_and_comments_and_the_rows_of_the_store(
+    name: str, database: Path, store: Storage
+) -> None:
+    table = TABLES[name]
+    columns = query_database(
+        database,
+        f"select column_name, data_type, is_nullable, comment from duckdb_columns() where table_name = '{name}'",
+    ).set_index("column_name")
+    assert list(columns.index) == [c.name for c in table.columns]
+    assert columns["comment"].to_dict() == {c.name: c.meaning for c in table.columns}
+    # A primary key makes its columns NOT NULL too.
+    assert columns["is_nullable"].to_dict() == {c.name: c.nullable and not c.key for c in table.columns}
+    keys = query_database(
+        database,
+        f"select unnest(constraint_column_names) k from duckdb_constraints() "
+        f"where table_name = '{name}' and constraint_type = 'PRIMARY KEY'",
+    )
+    assert keys["k"].tolist() == table.keys
+    found = query_database(database, f'select * from "{name}"')
+    stored = store.read_table(name)
+    assert len(found) == len(stored)
+    if len(found) and not table.geometry:
+        order = table.keys
+        left = found.sort_values(order, ignore_index=True).astype(object).where(lambda f: f.notna(), None)
+        right = pd.DataFrame(stored).sort_values(order, ignore_index=True).astype(object).where(lambda f: f.notna(), None)
+        pd.testing.assert_frame_equal(left, right, check_dtype=False)
+
+
+def test_geometries_are_lon_lat_and_come_back_exact(database: Path, store: Storage) -> None:
+    found = query_database(
+        database, "select glacier_id, geometry, ST_CRS(geometry) crs from outlines where year = 2023 and bound = 'best'"
+    ).set_index("glacier_id")
+    stored = store.read_table("outlines", year=2023).query("bound == 'best'").set_index("glacier_id").geometry
+    assert set(found["crs"]) == {"OGC:CRS84"}
+    for glacier, text in found["geometry"].items():
+        assert shapely.from_wkt(text).equals_exact(stored[glacier], 1e-9)
+
+
+def test_views_answer_the_first_questions(database: Path) -> None:
+    losses = query_database(database, "select * from largest_losses")
+    assert losses["change_km2"].is_monotonic_increasing and set(losses["year"]) == {2023}
+    assert losses["glacier_id"].iloc[0] == "G11"
+    series = query_database(database, "from glacier_time_series where glacier_id = 'G05/a'")
+    assert series["year"].tolist() == [2015, 2019, 2023] and series["rate_pct_per_year"].isna().tolist() == [True, False, False]
+    countries = query_database(database, "select distinct country from changes_by_country")
+    assert set(countries["country"]) == {"AT", "CH"}
+    info = query_database(database, "select distinct table_name, rows from tables_info").set_index("table_name")["rows"]
+    assert info["areas"] == 29 and set(info.index) == set(TABLES)
+    row = query_database(database, "select name, settings->>'$.years.baseline' b, simulated from region").iloc[0]
+    assert row.tolist() == ["squares", "2015", True]
+    comments = query_database(database, "select view_name, comment from duckdb_views() where not internal")
+    assert dict(zip(comments["view_name"], comments["comment"])) == {k: v[0] for k, v in VIEWS.items()}
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "select * from read_csv('{secret}')",
+        "select * from read_text('{secret}')",
+        "select * from '{secret}'",
+        "select * from glob('/*')",
+        "copy areas to '{secret}.copy'",
+        "export database '{secret}.folder'",
+        "attach '{secret}.db'",
+        "set enable_external_access = true",
+        "install spatial",
+        "load spatial",
+        "delete from areas",
+        "drop table areas",
+        "create table t as select 1",
+        "select * from read_parquet('https://example.com/x.parquet')",
+    ],
+)
+def test_a_question_can_neither_change_nor_leave_the_database(sql: str, database: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.csv"
+    secret.write_text("a\n1\n")
+    with pytest.raises(duckdb.Error):
+        query_database(database, sql.format(secret=secret))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["secret.csv"]
+    assert query_database(database, "select count(*) n from areas")["n"].iloc[0] == 29
+
+
+def test_a_missing_database_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="materialize"):
+        query_database(tmp_path / "none.duckdb", "select 1")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_store_makes_a_database_of_empty_tables(empty_store: Storage, region: Region) -> None:
+    path = empty_store.path("results.duckdb")
+    assert sum(build_database(empty_store, region, path).values()) == 0
+    assert len(query_database(str(path), "select * from largest_losses")) == 0
+    assert [p.name for p in Path(str(empty_store.root)).iterdir()] == ["results.duckdb"]
+
+
+def _hold_open(path: str, ready: object, go: object, answers: object) -> None:
+    with duckdb.connect(path, read_only=True) as connection:
+        ready.set()  # type: ignore[attr-defined]
+        go.wait(60)  # type: ignore[attr-defined]
+        answers.put(connection.execute("select count(*) from glaciers").fetchone()[0])  # type: ignore[attr-defined, index]
+
+
+def test_a_reader_neither_waits_nor_blocks_a_rebuild(
+    empty_store: Storage, store: Storage, region: Region
+) -> None:
+    path = empty_store.path("results.duckdb")
+    build_database(store, region, path)
+    context = multiprocessing.get_context("spawn")
+    ready, go, answers = context.Event(), context.Event(), context.Queue()
+    reader = context.Process(target=_hold_open, args=(str(path), ready, go, answers))
+    reader.start()
+    try:
+        assert ready.wait(60)
+        build_database(empty_store, region, path)  # replaced while the other process has it open
+        assert query_database(str(path), "select count(*) n from glaciers")["n"].iloc[0] == 0
+        go.set()
+        assert answers.get(timeout=60) == 12
+    finally:
+        go.set()
+        reader.join(60)
+    assert reader.exitcode == 0
+
+
+def test_files_that_do_not_fit_leave_the_old_database_and_no_litter(
+    empty_store: Storage, store: Storage, region: Region
+) -> None:
+    path = empty_store.path("results.duckdb")
+    build_database(store, region, path)
+    before = Path(str(path)).read_bytes()
+    broken = Path(str(empty_store.table("folds")))
+    broken.parent.mkdir(parents=True)
+    pd.DataFrame({"glacier_id": ["a", "a"], "fold": [1, 1], "role": ["test", "test"]}).to_parquet(broken)
+    with pytest.raises(ValueError, match="table folds.*Materialize"):
+        build_database(empty_store, region, path)
+    pd.DataFrame({"glacier_id": ["a"], "fold": [1]}).to_parquet(broken)
+    with pytest.raises(ValueError, match="role"):
+        build_database(empty_store, region, path)
+    assert Path(str(path)).read_bytes() == before
+    assert sorted(p.name for p in Path(str(empty_store.root)).iterdir()) == ["results.duckdb", "tables"]
+
+
+def test_older_files_without_a_nullable_column_and_odd_paths(tmp_path: Path, region: Region) -> None:
+    storage = Storage(tmp_path / "year=1 [x] it's")
+    file = Path(str(storage.table("taus", {"fold": 2})))
+    file.parent.mkdir(parents=True)
+    pd.DataFrame({"glacier_id": ["007"], "tau": [0.25]}).to_parquet(file)
+    rates = Path(str(storage.table("baseline_areas")))
+    rates.parent.mkdir(parents=True)
+    pd.DataFrame(
+        {"glacier_id": ["007"], "year": [2015], "fold": [2], "image_date": [pd.Timestamp("2015-09-01")]}
+    ).to_parquet(rates)
+    path = storage.path("results.duckdb")
+    build_database(storage, region, path)
+    row = query_database(str(path), "select t.*, b.year, b.area_km2 from taus t join baseline_areas b using (glacier_id)")
+    assert row.iloc[0].fillna(-1).to_dict() == {"glacier_id": "007", "tau": 0.25, "fold": 2, "year": 2015, "area_km2": -1}
+
+
+def test_a_remote_store_gives_the_same_database(store: Storage, region: Region, tmp_path: Path) -> None:
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    root = Path(str(store.root))
+    for table in ("glaciers", "areas", "changes", "regional_changes", "failures"):
+        for file in (root / "tables" / table).rglob("part.parquet"):
+            memory.pipe(f"/remote/{file.relative_to(root).as_posix()}", file.read_bytes())
+    try:
+        remote = Storage("memory://remote")
+        assert not remote.is_local
+        build_database(remote, region, remote.path("results.duckdb"))
+        with remote.reading(remote.path("results.duckdb")) as local:
+            found = query_database(local, "select year, fold, count(*) n from areas group by all order by all")
+            stages = query_database(local, 'select distinct stage, "partition" from failures order by all')
+        local_path = tmp_path / "local.duckdb"
+        build_database(store, region, local_path)
+        pd.testing.assert_frame_equal(
+            found, query_database(local_path, "select year, fold, count(*) n from areas group by all order by all")
+        )
+        assert stages["partition"].tolist() == ["2023", "2023"]
+    finally:
+        memory.rm("/remote", recursive=True)

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import base64
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from dl4gam_assets.publication import write_report
+from dl4gam_assets.publication.report import collect, number
+from dl4gam_assets.settings import Region
+from dl4gam_assets.storage import Storage
+from dl4gam_assets_tests.publication.conftest import NOTE
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, in order, and the text."""
+
+    VOID = frozenset({"meta", "img", "br", "link", "input"})
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes <{self.open[-1:]}>"
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        if not self.open or self.open[-1] != "style":
+            self.text += data
+
+
+@pytest.fixture(scope="module")
+def html(store: Storage, region: Region, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("report") / "2023.html"
+    write_report(store, region, 2023, path)
+    return path.read_text(encoding="utf-8")
+
+
+def test_the_page_is_well_formed_and_needs_nothing_else(html: str) -> None:
+    page = Page(html)
+    assert page.open == []
+    sources = [v for _, a in page.tags for k, v in a.items() if k in ("src", "href", "srcset")]
+    assert sources and all(s is not None and s.startswith("data:image/") for s in sources)
+    assert not {"script", "link", "iframe"} & {t for t, _ in page.tags}
+    assert "url(" not in re.sub(r"data:[^\"]+", "", html)
+
+
+def test_pictures_have_alternatives_and_are_drawn(html: str) -> None:
+    images = [a for t, a in Page(html).tags if t == "img"]
+    assert len(images) == 4
+    for image in images:
+        assert len(image["alt"] or "") > 40
+        head, body = (image["src"] or "").split(",", 1)
+        raw = base64.b64decode(body)
+        if "svg" in head:
+            assert len(list(ElementTree.fromstring(raw).iter("{http://www.w3.org/2000/svg}path"))) > 10
+        else:
+            assert raw.startswith(b"\x89PNG")
+
+
+def test_the_headline_is_the_extrapolated_rate_with_its_interval(html: str, store: Storage) -> None:
+    rows = store.read_table("regional_changes", year=2023).query("grouping == 'region'").set_index("method")
+    text = re.sub(r"\s+", " ", Page(html).text)
+    for method in ("extrapolated", "measured"):
+        row = rows.loc[method]
+        assert f"{number(row['rate_pct_per_year'], 2, True)} ± {number(row['rate_std_pct_per_year'])} % per year" in text
+    assert "fully dependent" in text and "one standard deviation" in text
+
+
+def test_cautions_stand_where_quality_is_told_and_simulated_is_named(html: str) -> None:
+    text = Page(html).text
+    quality = text.index("Quality of the maps")
+    assert NOTE in text[:quality] and NOTE in text[quality : text.index("What is not in the figures")]
+    assert text.count("simulated") >= 4 and "no figure on this page speaks of a real glacier" in text
+    assert "Copernicus" not in text  # simulated imagery is nobody's data
+    assert text.index("ensemble", quality) < text.index("band_ratio (baseline)")
+
+
+def test_text_from_data_is_escaped(html: str) -> None:
+    assert "<b>Ferner</b>" not in html and "&lt;b&gt;Ferner&lt;/b&gt;" in html
+    assert "below &lt;30%&gt; cloud" in html
+
+
+def test_failures_and_exclusions_are_told(html: str) -> None:
+    text = re.sub(r"\s+", " ", Page(html).text)
+    assert "1 failed in selected_scenes" in text
+    assert "without a rate: not_measured" in text
+    assert "too little of the inventory outline was found again" in text
+    assert "Inventory of squares (2015)" in text and "10.1029/2025EA004197" in text
+
+
+def test_the_baseline_year_and_a_year_without_totals(store: Storage, region: Region, tmp_path: Path) -> None:
+    write_report(store, region, 2015, tmp_path / "2015.html")
+    page = Page((tmp_path / "2015.html").read_text(encoding="utf-8"))
+    assert page.open == [] and "Area in the baseline year 2015" in page.text
+    assert "% per year" not in page.text and "Largest changes" not in page.text
+    with pytest.raises(ValueError, match="materialize regional_change"):
+        write_report(store, region, 2018, tmp_path / "2018.html")
+    assert [p.name for p in tmp_path.iterdir()] == ["2015.html"]
+
+
+def test_a_year_knows_nothing_of_later_years(store: Storage, region: Region) -> None:
+    assert [s["year"] for s in collect(store, region, 2019)["series"]] == [2015, 2019]
+
+
+def test_a_change_within_its_interval_is_not_called_one(region: Region) -> None:
+    from dl4gam_assets.publication.report import _headline
+
+    row = {"rate_pct_per_year": -0.4, "rate_std_pct_per_year": 0.5}
+    assert "contains zero" in _headline({"extrapolated": row}, False)["verdict"]
+    assert _headline({"extrapolated": row | {"rate_pct_per_year": -2.0}}, False)["verdict"] == ""
+    assert "less than two" in _headline({"extrapolated": row | {"rate_pct_per_year": -0.8}}, False)["verdict"]
+    null = row | {"rate_pct_per_year": float("nan")}
+    assert _headline({"extrapolated": null, "measured": row}, False)["method"] == "measured"
+
+
+def test_numbers_for_readers() -> None:
+    assert number(-1.904, 2, True) == "−1.90" and number(0.5, 1, True) == "+0.5"
+    assert number(None) == number(float("nan")) == "–"
+    assert number(-0.0001, 2, True) == "0.00" and number(12345.6, 1) == "12,345.6"
