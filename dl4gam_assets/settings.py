@@ -282,6 +282,7 @@ class InferenceSettings(_Strict):
     )
     window_px: int = Field(512, ge=64, multiple_of=32)
     overlap_px: int = Field(64, ge=0)
+    patch_px: int = Field(256, ge=32, multiple_of=32, description="mode 'stride': side of a patch.")
     stride_px: int = Field(32, ge=1, description="mode 'stride' only.")
     margin_share: float = Field(0.05, ge=0, lt=0.5, description="mode 'stride': share of a patch dropped on each side.")
     precision: Literal["fp32", "bf16", "auto"] = "auto"

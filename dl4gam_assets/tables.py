@@ -358,7 +358,7 @@ _TABLES = [
         _YEAR,
         _c("grouping", "string", "region, country or size_class", key=True, nullable=False),
         _c("group", "string", "Name of the group", key=True, nullable=False),
-        _c("method", "string", "measured (all measured glaciers), filtered (quality filter) or extrapolated (all glaciers)", key=True, nullable=False),
+        _c("method", "string", "measured (all measured glaciers), filtered (quality filter), extrapolated (all glaciers) or extrapolated_without_snr (the same without the signal-to-noise filter)", key=True, nullable=False),
         _c("baseline_year", "int64", "Baseline partition", nullable=False),
         _c("n_glaciers", "int64", "Glaciers in the total", nullable=False, minimum=0),
         _c("n_measured", "int64", "Of which measured", nullable=False, minimum=0),

@@ -95,9 +95,7 @@ def pixel_grid(cube: xr.Dataset) -> tuple[Affine, int, float]:
     return transform, epsg, abs(transform.a * transform.e - transform.b * transform.d)
 
 
-def area_row(
-    mean: np.ndarray, std: np.ndarray, cube: xr.Dataset, tau: float, threshold: float = 0.5
-) -> dict[str, Any]:
+def area_row(mean: np.ndarray, std: np.ndarray, cube: xr.Dataset, tau: float, threshold: float = 0.5) -> dict[str, Any]:
     """Figures of one glacier and image: a row of the table ``areas`` but for year, fold, date and filled share.
 
     Areas count pixels of the glacier's outline and of the ice-free part of its 20 m zone. ``std_km2`` is
@@ -134,7 +132,7 @@ def area_row(
     near = glacier | zone_20
     has_debris = debris.sum() >= MIN_DEBRIS_SHARE * glacier.sum()
     lower, best, upper = (float(mask.sum()) * km2 for mask in masks)
-    row = {
+    row: dict[str, Any] = {
         "area_km2": best,
         "lower_km2": lower,
         "upper_km2": upper,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -55,7 +56,7 @@ def size_class(area_km2: np.ndarray, edges: Sequence[float]) -> np.ndarray:
 def size_class_labels(edges: Sequence[float]) -> list[str]:
     """Names of the classes that :func:`size_class` numbers, in km2: ``< 0.01``, ``0.01 to 0.1``, ..., ``>= 20``."""
     text = [f"{e:g}" for e in edges]
-    return [f"< {text[0]}", *[f"{a} to {b}" for a, b in zip(text[:-1], text[1:])], f">= {text[-1]}"]
+    return [f"< {text[0]}", *[f"{a} to {b}" for a, b in pairwise(text)], f">= {text[-1]}"]
 
 
 @dataclass(frozen=True)
@@ -279,9 +280,7 @@ def _year_estimates(
     return estimates
 
 
-def _from_law(
-    rest: pd.DataFrame, law: RateLaw, time: pd.Series, relative_std: np.ndarray
-) -> pd.DataFrame:
+def _from_law(rest: pd.DataFrame, law: RateLaw, time: pd.Series, relative_std: np.ndarray) -> pd.DataFrame:
     area = rest["area"].to_numpy()
     percent, std = law.predict(area)
     t = time.reindex(rest.index).to_numpy(dtype=float)

@@ -121,7 +121,8 @@ def _rates(
             continue
         ids = by_year.index[by_year[[baseline_year, year]].notna().all(axis=1)]
         if row.method == "measured":
-            ids = ids.intersection(pd.Index(sorted(measured_first & set(areas.loc[areas["year"] == year, "glacier_id"]))))
+            now = set(areas.loc[areas["year"] == year, "glacier_id"])
+            ids = ids.intersection(pd.Index(sorted(measured_first & now)))
         if len(ids) != int(row.n_glaciers):
             skipped.append(f"{row.method} {year}: {int(row.n_glaciers)} glaciers, but {len(ids)} with a truth")
             continue

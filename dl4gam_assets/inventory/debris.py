@@ -47,7 +47,8 @@ def read_debris(sources: Sequence[DebrisSource], data_root: Path, glaciers: gpd.
     for index in np.unique(of_glacier):
         parts = [shapes[i] for i in of_debris[of_glacier == index]]
         covered = shapely.intersection(shapely.union_all(parts), outlines[index])
-        polygons = [p for p in shapely.get_parts(covered) if p.geom_type == "Polygon" and p.area > 0]
+        parts = shapely.get_parts(shapely.get_parts(covered))  # twice: a collection may hold multipolygons
+        polygons = [p for p in parts if p.geom_type == "Polygon" and p.area > 0]
         if polygons:
             rows.append((index, shapely.MultiPolygon(polygons)))
     if not rows:
@@ -90,8 +91,14 @@ def _from_raster(path: Path, value: int, glaciers: gpd.GeoDataFrame) -> gpd.GeoD
 
     with rasterio.open(path) as source:
         bounds = glaciers.to_crs(source.crs).total_bounds
-        window = rasterio.windows.from_bounds(*bounds, transform=source.transform).round_offsets().round_lengths()
-        window = rasterio.windows.intersection(window, rasterio.windows.Window(0, 0, source.width, source.height))
+        near = rasterio.windows.from_bounds(*bounds, transform=source.transform)
+        window = rasterio.windows.Window(
+            int(near.col_off) - 1, int(near.row_off) - 1, int(near.width) + 3, int(near.height) + 3
+        )
+        whole = rasterio.windows.Window(0, 0, source.width, source.height)
+        if not rasterio.windows.intersect(window, whole):
+            return gpd.GeoDataFrame(geometry=[], crs=source.crs)
+        window = rasterio.windows.intersection(window, whole)
         mask = source.read(1, window=window) == value
         transform = source.window_transform(window)
         shapes = [

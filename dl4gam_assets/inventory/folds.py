@@ -39,10 +39,10 @@ def geographic_folds(glaciers: gpd.GeoDataFrame, n: int, validation_share: float
     Raises
     ------
     SettingsError
-        if there are fewer glaciers than folds, or fewer than three.
+        if there are fewer glaciers than folds, or fewer than three (four with two folds).
     """
     count = len(glaciers)
-    if count < max(n, 3):
+    if count < max(n, 4 if n == 2 else 3):
         raise SettingsError(
             f"{count} glaciers can not be split into {n} folds with test, validation and training glaciers each; "
             "lower folds.n or inventory.min_area_km2, or train on a larger region"
@@ -67,13 +67,17 @@ def geographic_folds(glaciers: gpd.GeoDataFrame, n: int, validation_share: float
 
 
 def _filled(block: np.ndarray, n: int) -> np.ndarray:
-    """Blocks in order with none empty: an empty one takes its neighbour's nearest glacier."""
+    """Blocks in order with none empty: an empty one takes its neighbour's nearest glacier.
+
+    With two folds a block is what the other iteration trains and validates on, so it needs two glaciers.
+    """
     count = len(block)
+    least = 2 if n == 2 else 1
     starts = np.searchsorted(block, np.arange(n))
     for i in range(1, n):
-        starts[i] = max(starts[i], starts[i - 1] + 1)
+        starts[i] = max(starts[i], starts[i - 1] + least)
     for i in range(n - 1, 0, -1):
-        starts[i] = min(starts[i], count - (n - i))
+        starts[i] = min(starts[i], count - least * (n - i))
     filled: np.ndarray = np.searchsorted(starts, np.arange(count), side="right") - 1
     return filled
 

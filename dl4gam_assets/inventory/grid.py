@@ -33,4 +33,4 @@ def glacier_grid(geometry: shapely.Geometry, utm_epsg: int, pixel_m: float, marg
 
     west, south, east, north = gpd.GeoSeries([geometry], crs="EPSG:4326").to_crs(utm_epsg).total_bounds
     box = BoundingBox(west - margin_m, south - margin_m, east + margin_m, north + margin_m, crs=f"EPSG:{utm_epsg}")
-    return GeoBox.from_bbox(box, resolution=pixel_m)
+    return GeoBox.from_bbox(box, resolution=pixel_m, tol=1e-6)

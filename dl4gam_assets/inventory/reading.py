@@ -180,7 +180,7 @@ def read_date(value: Any) -> dt.datetime | None:
         return None
     if re.fullmatch(r"\d{4}", text):
         return dt.datetime(int(text), *UNKNOWN_DAY)
-    compact = re.fullmatch(r"(\d{4})(\d\d)(\d\d)", text)
+    compact = re.fullmatch(r"(\d{4})[-/]?(\d\d)[-/]?(\d\d)", text)
     try:
         if compact:
             year, month, day = (int(p) for p in compact.groups())

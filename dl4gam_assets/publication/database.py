@@ -217,7 +217,8 @@ def _fill(connection: duckdb.DuckDBPyConnection, table: Table, files: list[str])
     # The folder names decide alone: an id in the path of the store such as a=b must not become a column.
     source = f"read_parquet({_list(files)}, {options})"
     try:
-        found = {str(r[0]) for r in connection.execute(f"DESCRIBE SELECT * FROM {source}").fetchall()}
+        described = connection.execute(f"DESCRIBE SELECT * FROM {source}").fetchall()  # noqa: S608  (own file names)
+        found = {str(r[0]) for r in described}
         missing = [c.name for c in table.columns if c.name not in found and not c.nullable]
         if missing:
             raise ValueError(f"the files lack the columns {missing}")
@@ -278,8 +279,10 @@ def _add_info(connection: duckdb.DuckDBPyConnection, counts: dict[str, int]) -> 
         for t in TABLES.values()
         for i, c in enumerate(t.columns, start=1)
     ]
-    names = ["table_name", "table_meaning", "rows", "position", "column_name", "type", "meaning", "is_key", "is_required"]
-    info = pd.DataFrame(rows, columns=names)
+    names = (
+        "table_name", "table_meaning", "rows", "position", "column_name", "type", "meaning", "is_key", "is_required",
+    )  # fmt: skip
+    info = pd.DataFrame(rows, columns=list(names))
     connection.register("_info", info)
     connection.execute("CREATE TABLE tables_info AS SELECT * FROM _info")
     connection.unregister("_info")

@@ -70,9 +70,18 @@ def _in_metres(epsg: int, *frames: gpd.GeoDataFrame) -> list[gpd.GeoDataFrame]:
 
 
 def overview_map(
-    inventory: gpd.GeoDataFrame, baseline: gpd.GeoDataFrame, now: gpd.GeoDataFrame, years: tuple[int, int], epsg: int
+    inventory: gpd.GeoDataFrame,
+    baseline: gpd.GeoDataFrame,
+    now: gpd.GeoDataFrame,
+    mapped: set[str],
+    years: tuple[int, int],
+    epsg: int,
 ) -> str:
-    """Map of the region: outlines of the baseline below those of the year, all other glaciers in grey."""
+    """Map of the region: outlines of the baseline below those of the year, all other glaciers in grey.
+
+    ``mapped`` are the glaciers with an estimate in the year: only they can show a loss, even a whole one. A glacier
+    without a usable image that year is grey, never lost.
+    """
     from matplotlib.patches import Patch
 
     inventory, baseline, now = _in_metres(epsg, inventory, baseline, now)
@@ -83,7 +92,8 @@ def overview_map(
     axes = figure.subplots()
     tolerance = extent / 2000
     simple = [f.assign(geometry=f.geometry.simplify(tolerance)) if len(f) else f for f in (inventory, baseline, now)]
-    rest = simple[0][~simple[0]["glacier_id"].isin(set(baseline["glacier_id"]) | set(now["glacier_id"]))]
+    rest = simple[0][~simple[0]["glacier_id"].isin(mapped)]
+    simple[1] = simple[1][simple[1]["glacier_id"].isin(mapped)]
     _plot(rest, axes, facecolor=OTHER, edgecolor="#8a8a8a", linewidth=0.3)
     _plot(simple[1], axes, facecolor=LOST, edgecolor=LOST, linewidth=0.3)
     _plot(simple[2], axes, facecolor=NOW, edgecolor="none")
@@ -95,11 +105,11 @@ def overview_map(
     _scale_bar(axes)
     first, year = years
     handles = [Patch(color=NOW, label=f"mapped in {year}")]
-    if len(baseline) and first != year:
+    if len(simple[1]) and first != year:
         handles.append(Patch(color=LOST, label=f"mapped in {first} only"))
     if len(rest):
-        handles.append(Patch(color=OTHER, label="inventory, not mapped"))
-    axes.legend(handles=handles, fontsize=8, loc="upper right", frameon=True)
+        handles.append(Patch(color=OTHER, label=f"inventory, not mapped in {year}"))
+    figure.legend(handles=handles, fontsize=9, loc="outside lower right", ncols=len(handles), frameon=False)
     return _address(figure, as_png=_vertices(*simple) > MAX_VERTICES)
 
 
@@ -149,7 +159,9 @@ def area_series(series: pd.DataFrame, baseline_year: int) -> str:
             axes.fill_between(x, y - s, y + s, color=colour, alpha=0.18, linewidth=0)
             axes.plot(x, y, color=colour, marker="o", markersize=4, linewidth=1.6, label=label)
         else:
-            axes.errorbar(x + shift, y, yerr=s, color=colour, fmt="s", markersize=4, linewidth=1.2, capsize=3, label=label)
+            axes.errorbar(
+                x + shift, y, yerr=s, color=colour, fmt="s", markersize=4, linewidth=1.2, capsize=3, label=label
+            )
     axes.set_ylabel("area (km²)")
     years = sorted(set(series["year"].astype(int)))
     axes.set_xticks(years if len(years) <= 12 else years[:: -(-len(years) // 12)])
@@ -167,11 +179,13 @@ def size_classes(rows: pd.DataFrame) -> str:
     """
     with_rates = bool(rows["rate_pct_per_year"].notna().any())
     figure = _figure(8.6 if with_rates else 5.5, 3.2)
-    panels = np.atleast_1d(figure.subplots(1, 2 if with_rates else 1))
+    panels = figure.subplots(1, 2 if with_rates else 1, squeeze=False).ravel()
     x = np.arange(len(rows))
     if with_rates:
         panels[0].bar(x - 0.2, rows["baseline_area_km2"].astype(float), 0.4, color=LOST, label="baseline")
-        panels[0].bar(x + 0.2, rows["area_km2"].astype(float), 0.4, color=NOW, label="this year", hatch="//", edgecolor="white")
+        panels[0].bar(
+            x + 0.2, rows["area_km2"].astype(float), 0.4, color=NOW, label="this year", hatch="//", edgecolor="white"
+        )
         panels[0].legend(fontsize=8, frameon=False)
         panels[1].errorbar(
             x, rows["rate_pct_per_year"].astype(float), yerr=rows["rate_std_pct_per_year"].astype(float), fmt="o",

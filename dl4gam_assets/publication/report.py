@@ -62,6 +62,7 @@ def render(content: dict[str, Any]) -> str:
     )
     environment.filters["number"] = number
     environment.filters["percent"] = lambda v, digits=0: number(None if _null(v) else 100 * float(v), digits)
+    environment.filters["sentence"] = lambda v: v[:1].upper() + v[1:]
     environment.filters["day"] = lambda v: "" if _null(v) else f"{pd.Timestamp(v):%Y-%m-%d}"
     text = (resources.files("dl4gam_assets.publication") / "templates" / "report.html").read_text(encoding="utf-8")
     return environment.from_string(text).render(content)
@@ -110,7 +111,7 @@ def collect(storage: Storage, region: Region, year: int) -> dict[str, Any]:
             "inventory_km2": float(glaciers["inventory_area_km2"].sum()),
         },
         "dates": _dates(areas),
-        **_maps(storage, glaciers, changes, year, baseline_year),
+        **_maps(storage, glaciers, areas, changes, year, baseline_year),
         **_series(regional, baseline_year),
         **_classes(mine, region),
         "countries": _countries(mine),
@@ -159,7 +160,7 @@ def _dates(areas: pd.DataFrame) -> dict[str, Any] | None:
 
 
 def _maps(
-    storage: Storage, glaciers: Any, changes: pd.DataFrame, year: int, baseline_year: int
+    storage: Storage, glaciers: Any, areas: pd.DataFrame, changes: pd.DataFrame, year: int, baseline_year: int
 ) -> dict[str, Any]:
     from dl4gam_assets.publication import figures
 
@@ -171,7 +172,8 @@ def _maps(
     before = storage.read_table("outlines", year=baseline_year)
     before = before[before["bound"] == "best"]
     epsg = int(glaciers["utm_epsg"].mode().iloc[0])
-    out["map"] = figures.overview_map(glaciers, before, now, (baseline_year, year), epsg)
+    mapped = set(areas["glacier_id"].astype(str))
+    out["map"] = figures.overview_map(glaciers, before, now, mapped, (baseline_year, year), epsg)
     if len(changes):
         sure = changes[changes["ok"].astype(bool)].assign(change=lambda f: f["area_km2"] - f["baseline_area_km2"])
         top = sure.nsmallest(CLOSE_UPS, "change")
@@ -182,16 +184,14 @@ def _maps(
             ]
             ids = top["glacier_id"].astype(str).tolist()
             upper = outlines[outlines["bound"] == "upper"]
-            chosen = [f[f["glacier_id"].isin(ids)] for f in (before, now, upper)]
-            out["close_ups"] = figures.close_ups(ids, titles, *chosen, epsg)
+            first, second, third = (f[f["glacier_id"].isin(ids)] for f in (before, now, upper))
+            out["close_ups"] = figures.close_ups(ids, titles, first, second, third, epsg)
             out["close_up_names"] = titles
     return out
 
 
 def _names(glaciers: pd.DataFrame) -> dict[str, str]:
-    return {
-        str(g): str(n) for g, n in zip(glaciers["glacier_id"], glaciers["name"].fillna("").astype(str)) if n
-    }
+    return {str(g): str(n) for g, n in zip(glaciers["glacier_id"], glaciers["name"].fillna("").astype(str)) if n}
 
 
 def _series(regional: pd.DataFrame, baseline_year: int) -> dict[str, Any]:
@@ -267,9 +267,12 @@ def _coverage(storage: Storage, region: Region) -> dict[str, Any] | None:
     inside = (areas["lower_km2"] <= areas["inventory_area_km2"]) & (areas["inventory_area_km2"] <= areas["upper_km2"])
     n = len(areas)
     share = float(inside.mean())
+    # Wilson's interval for one standard deviation: honest for shares near 0 and 1, where the usual one vanishes.
+    middle = (share + 0.5 / n) / (1 + 1 / n)
+    half = float(np.sqrt(share * (1 - share) / n + 0.25 / n**2)) / (1 + 1 / n)
     return {
         "inside": int(inside.sum()), "n": n, "share": share, "target": region.calibration.coverage,
-        "error": float(np.sqrt(share * (1 - share) / n)),
+        "low": max(middle - half, 0.0), "high": min(middle + half, 1.0),
     }  # fmt: skip
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _COG = "image/tiff; application=geotiff; profile=cloud-optimized"
 _PARQUET = "application/vnd.apache.parquet"
+_SCIENTIFIC = "https://stac-extensions.github.io/scientific/v1.0.0/schema.json"
 _PROJECTION = "https://stac-extensions.github.io/projection/v2.0.0/schema.json"
 
 
@@ -67,10 +68,11 @@ def write_stac(storage: Storage, region: Region, year: int, folder: UPath | os.P
         description=f"Glacier maps and outlines of {region.title or region.name} in {year}, by dl4gam_assets.",
         catalog_type=pystac.CatalogType.SELF_CONTAINED,
     )
-    catalog.set_self_href(posixpath.join(base, "catalog.json"))
+    # Addresses come last: pystac rewrites relative asset links whenever an address changes.
     catalog.add_child(collection)
-    collection.set_self_href(posixpath.join(base, "collection.json"))
     collection.add_items(items)
+    catalog.set_self_href(posixpath.join(base, "catalog.json"))
+    collection.set_self_href(posixpath.join(base, "collection.json"))
     names = set()
     for item in items:
         name = f"{safe_name(str(item.properties['dl4gam:glacier_id']))}.json"
@@ -89,6 +91,14 @@ def write_stac(storage: Storage, region: Region, year: int, folder: UPath | os.P
 
 def _tag(region: Region) -> str:
     return "simulated" if region.simulation is not None else str(getattr(region.imagery.catalog, "tag", ""))
+
+
+def _citation(region: Region) -> dict[str, Any]:
+    """Method and inventory to cite, by the scientific extension."""
+    publications = [{"doi": "10.1029/2025EA004197"}]
+    return {"sci:publications": publications} | (
+        {"sci:citation": region.inventory.source} if region.inventory.source else {}
+    )
 
 
 def _relative(target: UPath, start: str) -> str:
@@ -172,7 +182,8 @@ def _collection(
         catalog_type=pystac.CatalogType.SELF_CONTAINED,
         license="other",
         keywords=words,
-        extra_fields={"sci:citation": region.inventory.source} if region.inventory.source else {},
+        stac_extensions=[_SCIENTIFIC],
+        extra_fields=_citation(region),
     )
     path = storage.table("outlines", {"year": year})
     if path.exists():

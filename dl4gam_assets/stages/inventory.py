@@ -18,7 +18,7 @@ from dl4gam_assets.stages.base import (
 
 def inventory_outlines(ws: Workspace, *, force: bool = False) -> StageResult:
     """Read, check and store the glacier outlines; rejected ones become failures."""
-    from dl4gam_assets.inventory import prepare_inventory, read_inventory
+    from dl4gam_assets.inventory import prepare_inventory, read_inventory, restrict_modelled
 
     settings = ws.region.inventory
     if ws.region.simulation is not None:
@@ -30,6 +30,7 @@ def inventory_outlines(ws: Workspace, *, force: bool = False) -> StageResult:
 
     def work() -> tuple[str, dict[str, Any], dict[str, bytes]]:
         glaciers, rejected = read_inventory(path, settings)
+        glaciers = restrict_modelled(glaciers, settings, ws.data_root)
         if not len(glaciers):
             raise UpstreamError(f"inventory {path}: no usable outline; {len(rejected)} were rejected (see failures)")
         if not glaciers["modelled"].any():

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -161,3 +163,19 @@ def test_a_vanished_glacier_has_no_outline() -> None:
     mean, std = certain(np.zeros(SHAPE, bool))
     rows = extract_outlines(mean, std, make_cube(GLACIER), tau=0.2)
     assert len(rows) == 0 and list(rows.columns) == ["glacier_id", "bound", "area_km2", "geometry"]
+
+
+def test_a_cube_read_back_from_its_file_gives_the_same_figures_and_outlines(tmp_path: Path) -> None:
+    from dl4gam_assets.cubes import open_cube, write_cube
+
+    rng = np.random.default_rng(1)
+    dem = np.repeat(np.linspace(3000, 2220, SHAPE[0])[:, None], SHAPE[1], axis=1)
+    cube = make_cube(GLACIER, NEIGHBOUR, debris=box(SHAPE, (25, 30), (10, 30)), dem=dem)
+    mean, std = (rng.random(SHAPE) * f for f in (1.0, 0.3))
+    write_cube(cube, tmp_path / "cube.nc")
+    with open_cube(tmp_path / "cube.nc") as again:
+        row, outlines = area_row(mean, std, again, 0.3), extract_outlines(mean, std, again, 0.3)
+    expected = area_row(mean, std, cube, 0.3)
+    assert row.pop("terminus_m") == pytest.approx(expected.pop("terminus_m"), abs=0.25)  # stored in half metres
+    assert row == expected
+    assert outlines.geometry.geom_equals_exact(extract_outlines(mean, std, cube, 0.3).geometry, 1e-9).all()

@@ -40,9 +40,9 @@ def test_debris_has_recall_only_and_unusable_pixels_are_not_judged() -> None:
 
 def test_cells_of_neighbours_count_every_pixel_once() -> None:
     first = evaluate_glacier(GLACIER | NEIGHBOUR, make_cube(GLACIER, NEIGHBOUR), "m").set_index("scope")
-    second = evaluate_glacier(
-        GLACIER | NEIGHBOUR, make_cube(NEIGHBOUR, GLACIER, glacier_id="G2"), "m"
-    ).set_index("scope")
+    second = evaluate_glacier(GLACIER | NEIGHBOUR, make_cube(NEIGHBOUR, GLACIER, glacier_id="G2"), "m").set_index(
+        "scope"
+    )
     ties = 60 * 60 - first.loc["scene", "n_pixels"] - second.loc["scene", "n_pixels"]
     assert ties == 0 or abs(ties) < 60  # pixels exactly halfway may go to either
     assert first.loc["scene", "true_positive"] + second.loc["scene", "true_positive"] == 800

@@ -75,7 +75,8 @@ def test_the_headline_is_the_extrapolated_rate_with_its_interval(html: str, stor
     text = re.sub(r"\s+", " ", Page(html).text)
     for method in ("extrapolated", "measured"):
         row = rows.loc[method]
-        assert f"{number(row['rate_pct_per_year'], 2, True)} ± {number(row['rate_std_pct_per_year'])} % per year" in text
+        rate, std = number(row["rate_pct_per_year"], 2, True), number(row["rate_std_pct_per_year"])
+        assert f"{rate} ± {std} % per year" in text
     assert "fully dependent" in text and "one standard deviation" in text
 
 

@@ -1,0 +1,134 @@
+"""The candidates of one glacier and year.
+
+Belongs here: search periods, reading and scoring each day, rows of the table ``candidates``.
+Does not belong here: the choice (``ranking``).
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+from typing import Any
+
+import geopandas as gpd
+import numpy as np
+import pandas as pd
+import pystac
+import rasterio.features
+import shapely
+
+from dl4gam_assets.imagery.catalogs import CatalogError, SceneCatalog, group_by_day, item_checksums
+from dl4gam_assets.imagery.reading import SceneError, read_image
+from dl4gam_assets.imagery.scores import score_image
+from dl4gam_assets.inventory import glacier_grid
+from dl4gam_assets.settings import ImagerySettings, Region
+from dl4gam_assets.tables import TABLES
+
+
+def search_periods(
+    year: int, inventory_date: dt.date | None, imagery: ImagerySettings, baseline_year: int
+) -> list[tuple[dt.date, dt.date]]:
+    """First and last days in which images of a year are searched.
+
+    A year has its window. The baseline year follows the inventory: days around the glacier's own acquisition date
+    (mode ``inventory_date``; the year's window where the glacier has no date), or a fixed window.
+    """
+    start, end = (dt.date.fromisoformat(f"{year}-{day}") for day in imagery.window)
+    if year != baseline_year:
+        return [(start, end)]
+    settings = imagery.baseline
+    if settings.mode == "window" and settings.start and settings.end:
+        return [(settings.start, settings.end)]
+    if inventory_date is None:
+        return [(start, end)]
+    span = dt.timedelta(days=settings.tolerance_days)
+    return [(inventory_date - span, inventory_date + span)]
+
+
+def candidates_of_glacier(
+    glacier: pd.Series,
+    glaciers: gpd.GeoDataFrame,
+    zones: gpd.GeoDataFrame,
+    catalog: SceneCatalog,
+    region: Region,
+    year: int,
+) -> pd.DataFrame:
+    """Score every day's image over one glacier.
+
+    A day whose files can not be read is a row with the reason and without scores; the others go on.
+
+    Parameters
+    ----------
+    glacier : row of the table ``glaciers``
+    glaciers : the table, for the ice of the neighbours
+    zones : rows of the table ``zones`` of this glacier
+
+    Returns
+    -------
+    DataFrame
+        Rows of the table ``candidates`` (without the year), by date; empty where no scene touches the glacier.
+    """
+    imagery = region.imagery
+    grid = glacier_grid(glacier["geometry"], int(glacier["utm_epsg"]), imagery.sensor.pixel_m, imagery.margin_m)
+    date = glacier["inventory_date"]
+    known = None if pd.isna(date) else pd.Timestamp(date).date()
+    box = tuple(grid.geographic_extent.boundingbox)
+    items: dict[str, pystac.Item] = {}
+    for start, end in search_periods(year, known, imagery, region.years.baseline):
+        items |= {item.id: item for item in catalog.search(box, start, end)}
+    if not items:
+        return TABLES["candidates"].empty().drop(columns="year")
+
+    selection = imagery.selection
+    crs = str(grid.crs)
+    window = shapely.box(*box)
+    ice = _burn(glaciers.geometry.iloc[glaciers.sindex.query(window, predicate="intersects")].to_crs(crs), grid)
+    outline = gpd.GeoSeries([glacier["geometry"]], crs="EPSG:4326").to_crs(crs)
+    own = _burn(outline, grid)
+    zone = zones[zones["buffer_m"] == selection.cloud_buffer_m]
+    near = own | (_burn(zone.geometry.to_crs(crs), grid) if len(zone) else _burn(outline.buffer(selection.cloud_buffer_m), grid))
+    covered = np.ones(grid.shape, dtype=bool) if selection.coverage_geometry == "region_of_interest" else own
+
+    assets = [*imagery.sensor.bands.values(), imagery.sensor.scene_classification, imagery.sensor.cloud_probability]
+    names = [a for a in assets if a]
+    wanted = [b for b in imagery.sensor.bands if b in {"blue", "green", "red", "swir16"}]
+    if "swir16" not in wanted or not {"blue", "green", "red"} <= set(wanted):
+        wanted = list(imagery.sensor.bands)
+    rows = []
+    for day, group in group_by_day(items.values()).items():
+        row: dict[str, Any] = {
+            "glacier_id": glacier["glacier_id"],
+            "date": dt.datetime.combine(day, dt.time()),
+            "scene_ids": "+".join(item.id for item in group),
+            "hrefs": json.dumps({i.id: {n: i.assets[n].href for n in names if n in i.assets} for i in group}),
+            "checksums": json.dumps({i.id: item_checksums(i, names) for i in group}),
+        }
+        try:
+            image = read_image(group, imagery, grid, wanted)
+            row |= score_image(image, region=covered, near=near, glaciers=ice, settings=selection)
+        except (SceneError, CatalogError) as error:
+            row["reason"] = f"can not be read: {error}"
+        rows.append(row)
+    frame = pd.DataFrame(rows)
+    if "reason" not in frame:
+        frame["reason"] = None
+    return frame
+
+
+def _burn(shapes: gpd.GeoSeries, grid: Any) -> np.ndarray:
+    pairs = [s for s in shapes if s is not None and not s.is_empty]
+    if not pairs:
+        return np.zeros(grid.shape, dtype=bool)
+    burnt: np.ndarray = rasterio.features.rasterize(pairs, out_shape=grid.shape, transform=grid.affine, dtype="uint8") == 1
+    return burnt
+
+
+def items_from_row(row: pd.Series, catalog: SceneCatalog) -> list[pystac.Item]:
+    """The items behind a row of the table ``scenes``, in mosaicking order.
+
+    Raises
+    ------
+    CatalogError
+        if one is not in the catalog any more.
+    """
+    return catalog.get(str(row["scene_ids"]).split("+"))

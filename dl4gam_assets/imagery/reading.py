@@ -1,0 +1,245 @@
+"""Pixels of a day's items on a glacier's grid.
+
+Belongs here: reading windows, scale and offset, mosaicking, cloud and missing masks.
+Does not belong here: judging an image (``scores``).
+
+Files are read by windows with rasterio rather than by odc.stac.load: a glacier's window of an aligned band takes a few
+milliseconds, and the set-up of a dask-free odc.stac.load call alone takes several times that for each date.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pystac
+import rasterio
+import rasterio.warp
+import rasterio.windows
+import xarray as xr
+from rasterio.enums import Resampling
+
+from dl4gam_assets.imagery.catalogs import asset_of, band_metadata
+from dl4gam_assets.settings import ImagerySettings, SensorSettings
+
+if TYPE_CHECKING:
+    from odc.geo.geobox import GeoBox
+
+#: GDAL options for windows of many files: no directory listings, merged range requests, retries of transient errors.
+GDAL_OPTIONS: dict[str, Any] = {
+    "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
+    "GDAL_HTTP_MERGE_CONSECUTIVE_RANGES": "YES",
+    "GDAL_HTTP_MAX_RETRY": 4,
+    "GDAL_HTTP_RETRY_DELAY": 1,
+    "VSI_CACHE": True,
+}
+
+
+class SceneError(RuntimeError):
+    """A scene that can not be used. The message names the file or item."""
+
+
+@functools.lru_cache(maxsize=96)
+def _source(href: str) -> Any:
+    try:
+        with rasterio.Env(**GDAL_OPTIONS):
+            return rasterio.open(href)
+    except rasterio.errors.RasterioIOError as error:
+        raise SceneError(f"scene file {href} can not be opened: {error}") from error
+
+
+def forget_files() -> None:
+    """Close the files that this process keeps open."""
+    _source.cache_clear()
+
+
+def read_image(
+    items: Sequence[pystac.Item], imagery: ImagerySettings, geobox: GeoBox, bands: Sequence[str] | None = None
+) -> xr.Dataset:
+    """A day's image on a grid.
+
+    Items are taken in the order of the area of the grid that their footprint covers, the given order breaking ties; one
+    that fills at least ``selection.single_tile_coverage`` of the grid is taken alone, otherwise later ones fill what
+    is missing.
+
+    Parameters
+    ----------
+    items : items of one day
+    imagery : sensor (bands, scale, cloud masks) and thresholds
+    geobox : grid of the glacier
+    bands : our names of the bands to read; all of the sensor by default
+
+    Returns
+    -------
+    Dataset with ``reflectance`` float32 (band, y, x), unit 1, NaN where missing; ``cloud`` bool (y, x), false without
+    a cloud mask; ``missing`` bool (y, x), where any band is missing.
+
+    Raises
+    ------
+    SceneError
+        if a file can not be read, or its scale can not be established.
+    CatalogError
+        if an item lacks an asset.
+    """
+    sensor = imagery.sensor
+    names = list(bands if bands is not None else sensor.bands)
+    reflectance = np.full((len(names), *geobox.shape), np.nan, dtype=np.float32)
+    cloud = np.zeros(geobox.shape, dtype=bool)
+    missing = np.ones(geobox.shape, dtype=bool)
+    with rasterio.Env(**GDAL_OPTIONS):
+        for item in _by_cover(items, geobox):
+            if 1.0 - missing.mean() >= imagery.selection.single_tile_coverage:
+                break
+            values = np.stack([_reflectance(item, sensor, name, geobox) for name in names])
+            absent = ~np.isfinite(values).all(axis=0)
+            fresh = missing & ~absent
+            if not fresh.any():
+                continue
+            reflectance[:, fresh] = values[:, fresh]
+            cloud[fresh] = _cloud(item, sensor, geobox)[fresh]
+            missing &= absent
+    return xr.Dataset(
+        {
+            "reflectance": (("band", "y", "x"), reflectance),
+            "cloud": (("y", "x"), cloud),
+            "missing": (("y", "x"), missing),
+        },
+        coords={"band": names},
+    )
+
+
+def _by_cover(items: Sequence[pystac.Item], geobox: GeoBox) -> list[pystac.Item]:
+    import shapely
+    import shapely.geometry
+
+    window = shapely.box(*geobox.geographic_extent.boundingbox)
+    cover = [shapely.intersection(shapely.geometry.shape(i.geometry), window).area / window.area for i in items]
+    order = sorted(range(len(items)), key=lambda k: (-round(cover[k], 2), k))
+    return [items[k] for k in order]
+
+
+def _reflectance(item: pystac.Item, sensor: SensorSettings, band: str, geobox: GeoBox) -> np.ndarray:
+    asset = asset_of(item, sensor.bands[band])
+    scale, offset = reflectance_scale(item, asset, sensor)
+    values = _onto(asset, sensor, geobox, Resampling[sensor.resampling])
+    # Reflectance below zero is noise of dark pixels after the offset; it stays, but never below -0.2.
+    out: np.ndarray = np.maximum(values * np.float32(scale) + np.float32(offset), np.float32(-0.2))
+    return out
+
+
+def reflectance_scale(item: pystac.Item, asset: pystac.Asset, sensor: SensorSettings) -> tuple[float, float]:
+    """Scale and offset from digital number to reflectance: the settings' numbers, or the item's metadata.
+
+    A catalog that has applied the Sentinel-2 offset of processing baseline 04.00 already (Earth Search says so in
+    ``earthsearch:boa_offset_applied``) has offset 0.
+
+    Raises
+    ------
+    SceneError
+        if neither says it. It is never guessed.
+    """
+    stated = band_metadata(asset)
+    if item.properties.get("earthsearch:boa_offset_applied"):
+        stated["offset"] = 0.0
+    out = []
+    for key, wish in (("scale", sensor.scale), ("offset", sensor.offset)):
+        value = stated.get(key) if wish == "metadata" else wish
+        if value is None:
+            raise SceneError(
+                f"item {item.id}: its metadata do not say the {key} of asset {asset.title or asset.href!r}; "
+                f"set imagery.sensor.{key} to a number if you know it"
+            )
+        out.append(float(value))
+    return out[0], out[1]
+
+
+def _cloud(item: pystac.Item, sensor: SensorSettings, geobox: GeoBox) -> np.ndarray:
+    cloud = np.zeros(geobox.shape, dtype=bool)
+    if sensor.scene_classification:
+        classes = _onto(asset_of(item, sensor.scene_classification), sensor, geobox, Resampling.nearest)
+        cloud |= np.isin(classes, sensor.cloud_classes)
+    if sensor.cloud_probability:
+        percent = _onto(asset_of(item, sensor.cloud_probability), sensor, geobox, Resampling.bilinear, mask=False)
+        cloud |= percent >= sensor.cloud_probability_min
+    return cloud
+
+
+def _onto(
+    asset: pystac.Asset, sensor: SensorSettings, geobox: GeoBox, resampling: Resampling, mask: bool = True
+) -> np.ndarray:
+    """One band on the grid as float32, NaN where missing. Aligned pixels are copied, others are resampled."""
+    href = asset.get_absolute_href() or asset.href
+    source = _source(href)
+    band = int(asset.extra_fields.get("band_index", 1))
+    nodata = None
+    if mask:
+        stated = band_metadata(asset).get("nodata", sensor.nodata)
+        nodata = source.nodata if stated is None else float(stated)
+    try:
+        window = _aligned(source, geobox)
+        if window is not None:
+            fill = 0 if nodata is None or np.isnan(nodata) else nodata
+            inside = rasterio.windows.Window(0, 0, source.width, source.height)
+            if not rasterio.windows.intersect(window, inside):
+                return np.full(geobox.shape, np.nan, dtype=np.float32)
+            values = source.read(band, window=window, boundless=not _within(window, source), fill_value=fill)
+            out = values.astype(np.float32)
+            if nodata is not None:
+                out[values == nodata] = np.nan
+            elif not _within(window, source):
+                out[~_covered(window, source)] = np.nan
+            return out
+        out = np.full(geobox.shape, np.nan, dtype=np.float32)
+        rasterio.warp.reproject(
+            rasterio.band(source, band),
+            out,
+            src_nodata=nodata,
+            dst_transform=geobox.affine,
+            dst_crs=str(geobox.crs),
+            dst_nodata=np.nan,
+            init_dest_nodata=True,
+            resampling=resampling,
+        )
+        return out
+    except rasterio.errors.RasterioError as error:
+        _source.cache_clear()
+        raise SceneError(f"scene file {href} can not be read: {error}; is it complete?") from error
+
+
+def _aligned(source: Any, geobox: GeoBox) -> rasterio.windows.Window | None:
+    """The window of the grid in a file whose pixels coincide with it, else None."""
+    a, b = source.transform, geobox.affine
+    if (a.a, a.b, a.d, a.e) != (b.a, b.b, b.d, b.e) or source.crs is None:
+        return None
+    col, row = (b.c - a.c) / a.a, (b.f - a.f) / a.e
+    if abs(col - round(col)) > 1e-3 or abs(row - round(row)) > 1e-3 or source.crs.to_epsg() != geobox.crs.epsg:
+        return None
+    return rasterio.windows.Window(round(col), round(row), geobox.shape[1], geobox.shape[0])
+
+
+def _within(window: rasterio.windows.Window, source: Any) -> bool:
+    return bool(
+        window.col_off >= 0
+        and window.row_off >= 0
+        and window.col_off + window.width <= source.width
+        and window.row_off + window.height <= source.height
+    )
+
+
+def _covered(window: rasterio.windows.Window, source: Any) -> np.ndarray:
+    rows = np.arange(window.height) + window.row_off
+    cols = np.arange(window.width) + window.col_off
+    inside: np.ndarray = ((rows >= 0) & (rows < source.height))[:, None] & ((cols >= 0) & (cols < source.width))[None, :]
+    return inside
+
+
+@contextlib.contextmanager
+def closing_files() -> Any:
+    """Close all files when the block ends (tests on platforms that lock open files)."""
+    try:
+        yield
+    finally:
+        forget_files()

@@ -1,0 +1,92 @@
+"""Model files: safetensors and JSON. Nothing is unpickled.
+
+Belongs here: saving and loading members with checks. Does not belong here: training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from upath import UPath
+
+from dl4gam_assets.segmentation.model import build_model
+from dl4gam_assets.settings import ModelSettings
+from dl4gam_assets.storage import Storage
+
+if TYPE_CHECKING:
+    from dl4gam_assets.segmentation.training import TrainedMember
+
+
+class ModelFileError(RuntimeError):
+    """A model file that can not be used. The message names it and says what to do."""
+
+
+def save_member(
+    storage: Storage, folder: UPath, member: TrainedMember, settings: ModelSettings, statistics: pd.DataFrame,
+    extra: Mapping[str, Any],
+) -> str:  # fmt: skip
+    """Write model.safetensors, history.parquet and model.json (settings, normalization, hash); returns the SHA-256.
+
+    The JSON comes last, so a folder that has it is complete.
+    """
+    with storage.writing(folder / "model.safetensors") as path:
+        save_file(member.state, path)
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    with storage.writing(folder / "history.parquet") as path:
+        member.history.to_parquet(path, index=False)
+    meta = {
+        "sha256": sha256,
+        "model": settings.model_dump(mode="json"),
+        "normalization": statistics[["channel", "mean", "std", "standardized"]].to_dict("records"),
+        "best_epoch": member.best_epoch,
+        "validation_iou": member.validation_iou,
+        "seed": member.seed,
+        **extra,
+    }
+    storage.write_json(folder / "model.json", meta)
+    return sha256
+
+
+def load_member(
+    storage: Storage, folder: UPath, expected_sha256: str | None = None
+) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """A member in evaluation mode on the CPU, and its JSON.
+
+    Raises
+    ------
+    ModelFileError
+        if a file is missing or damaged, the weights are not those of the JSON or not the expected ones, or they do not
+        fit the network.
+    """
+    meta = storage.read_json(folder / "model.json")
+    if meta is None:
+        raise ModelFileError(f"{folder} holds no finished model: materialize its ensemble_member")
+    weights = folder / "model.safetensors"
+    if not weights.exists():
+        raise ModelFileError(f"{weights} is missing: materialize its ensemble_member again")
+    with storage.reading(weights) as path:
+        sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        if sha256 != meta["sha256"]:
+            raise ModelFileError(f"{weights} is not the file that model.json describes (its hash differs): train it again")
+        if expected_sha256 is not None and sha256 != expected_sha256:
+            raise ModelFileError(
+                f"{weights} was trained again since its ensemble was collected: materialize ensemble and calibration"
+            )
+        try:
+            state = load_file(path)
+        except SafetensorError as error:
+            raise ModelFileError(f"{weights} is no safetensors file: {error}") from error
+    model = build_model(ModelSettings.model_validate(meta["model"]), pretrained=False)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ModelFileError(f"{weights} does not fit the network of its model.json: {str(error)[:300]}") from error
+    return model.to(memory_format=torch.channels_last).eval(), dict(meta)
