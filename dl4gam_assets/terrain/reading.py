@@ -14,6 +14,7 @@ import numpy as np
 import rasterio
 import rasterio.warp
 from rasterio.enums import Resampling
+from rasterio.errors import RasterioError
 
 from dl4gam_assets.settings import ElevationChangePeriod
 
@@ -21,48 +22,64 @@ if TYPE_CHECKING:
     from odc.geo.geobox import GeoBox
 
 
+#: No ground of the Earth lies outside; what does is a void without a tag.
+LOWEST_M, HIGHEST_M = -500.0, 9000.0
+
+
 def read_elevation(paths: Sequence[Path], geobox: GeoBox, nodata: float | None = None) -> np.ndarray:
     """Elevation on a grid, bilinear, mosaicked in the order of the files (the first that has a value wins).
 
     Parameters
     ----------
-    paths : DEM files in any CRS
+    paths : DEM files in any CRS, elevations in metres
     geobox : target grid
-    nodata : value that means missing in files that do not say
+    nodata : value that means missing in files that do not say. Without it, -32768 means missing in int16 files, and
+        elevations outside -500 to 9000 m are missing in every file.
 
     Returns
     -------
-    float32 array (H, W) in the files' unit (metres), NaN where no file has a value.
+    float32 array (H, W) in metres, NaN where no file has a value.
 
     Raises
     ------
     FileNotFoundError
         if a file is absent.
+    OSError
+        if a file can not be read; the message names it.
     """
     out = np.full(geobox.shape, np.nan, dtype=np.float32)
     for path in paths:
         missing = np.isnan(out)
         if not missing.any():
             break
-        out = np.where(missing, _warp(path, geobox, nodata), out)
+        found = _warp(path, geobox, nodata)
+        found[(found < LOWEST_M) | (found > HIGHEST_M)] = np.nan
+        out = np.where(missing, found, out)
     return out
 
 
 def _warp(path: Path, geobox: GeoBox, nodata: float | None) -> np.ndarray:
+    """First band of a raster on a grid: float32 (H, W), bilinear, NaN where it has no value."""
     if not path.exists():
-        raise FileNotFoundError(f"elevation file {path} does not exist")
+        raise FileNotFoundError(f"elevation file {path} does not exist; see terrain in the region's settings")
     out = np.full(geobox.shape, np.nan, dtype=np.float32)
-    with rasterio.open(path) as source:
-        rasterio.warp.reproject(
-            rasterio.band(source, 1),
-            out,
-            src_nodata=source.nodata if source.nodata is not None else nodata,
-            dst_transform=geobox.affine,
-            dst_crs=str(geobox.crs),
-            dst_nodata=np.nan,
-            init_dest_nodata=True,
-            resampling=Resampling.bilinear,
-        )
+    try:
+        with rasterio.open(path) as source:
+            missing = source.nodata if source.nodata is not None else nodata
+            if missing is None and source.dtypes[0] == "int16":
+                missing = -32768.0
+            rasterio.warp.reproject(
+                rasterio.band(source, 1),
+                out,
+                src_nodata=missing,
+                dst_transform=geobox.affine,
+                dst_crs=str(geobox.crs),
+                dst_nodata=np.nan,
+                init_dest_nodata=True,
+                resampling=Resampling.bilinear,
+            )
+    except RasterioError as error:
+        raise OSError(f"elevation file {path} can not be read onto {geobox.crs.epsg}: {error}") from error
     return out
 
 
@@ -84,9 +101,20 @@ def read_elevation_change(
 ) -> tuple[np.ndarray, ElevationChangePeriod | None]:
     """dh/dt (m/yr) on a grid for a year, and the period it is of.
 
+    Parameters
+    ----------
+    periods : their ``path`` must be absolute, or relative to the working directory
+    year : calendar year of the image
+    geobox : target grid
+
     Returns
     -------
-    float32 array (H, W), NaN where missing (everywhere without periods), and the period or None.
+    float32 array (H, W), bilinear, NaN where missing (everywhere without periods), and the period or None.
+
+    Raises
+    ------
+    FileNotFoundError, OSError
+        if the period's file is absent or can not be read.
     """
     period = match_period(periods, year)
     if period is None:
