@@ -152,8 +152,12 @@ def _run(
 
 
 def _failed(outcome: Any) -> typer.Exit:
-    lines = "\n".join(f"  {_escape(text)}" for text in outcome.failed)
-    return _stop(f"{len(outcome.failed)} steps failed; everything else was made and is kept:\n{lines}")
+    # What only waited for something that failed before it is counted, not listed.
+    causes = [text for text in outcome.failed if "materialize it first" not in text]
+    waiting = len(outcome.failed) - len(causes)
+    lines = "\n".join(f"  {_escape(text)}" for text in causes or outcome.failed)
+    after = f"\n  {waiting} further steps wait for these" if causes and waiting else ""
+    return _stop(f"{len(causes)} steps failed; everything else was made and is kept:\n{lines}{after}")
 
 
 def _print_timings(outcome: Any) -> None:

@@ -109,7 +109,8 @@ class Mapper:
                 return future
             return None
 
-        pool = as_completed([f for f in (submit() for _ in range(min(slots, len(todo)))) if f is not None])
+        first = [f for f in (submit() for _ in range(min(slots, len(todo)))) if f is not None]
+        pool = as_completed(first, loop=client.loop)
         for future in pool:
             key = keys.pop(future.key)
             try:

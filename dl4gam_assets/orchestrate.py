@@ -44,6 +44,10 @@ FAMILIES: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 
 
+#: The events are kept in the instance; the terminal shows one line a family.
+_QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
+
+
 @dataclass
 class Timing:
     """Seconds of one family: in all, and of the stages themselves; the rest is orchestration."""
@@ -142,7 +146,9 @@ def materialize(
                 tags = {} if key_range is None else {
                     ASSET_PARTITION_RANGE_START_TAG: key_range[0], ASSET_PARTITION_RANGE_END_TAG: key_range[1],
                 }  # fmt: skip
-                result = job.execute_in_process(instance=opened, tags=tags, raise_on_error=False)
+                result = job.execute_in_process(
+                    instance=opened, tags=tags, raise_on_error=False, run_config=_QUIET
+                )
                 count += 1 if key_range is None else len(_definition(partitions, family).get_partition_keys_in_range(
                     dg.PartitionKeyRange(*key_range)
                 ))  # fmt: skip

@@ -48,7 +48,8 @@ def static_layers(
 
     Pixels belong to a polygon if their centre does. ``mask`` holds, as bits: ``not_ok`` (all false here), ``glacier``
     (this one), ``any_glacier``, ``debris`` (on any glacier), one ``zone_*`` for each buffer, and ``cell``: pixels
-    nearer to this glacier than to any other. ``glacier_index`` holds the integer ids of glaciers, -1 elsewhere.
+    nearer to this glacier than to any other that meets the grid. Positive zones are free of other glaciers' pixels.
+    ``glacier_index`` holds the integer ids of glaciers, -1 elsewhere.
 
     Parameters
     ----------
@@ -65,7 +66,7 @@ def static_layers(
     KeyError
         if the glacier is not in the table.
     ValueError
-        if its outline holds no pixel centre of the grid.
+        if its outline holds no pixel centre of the grid, or a zone is missing.
     """
     from odc.geo.xr import xr_coords
 
@@ -104,6 +105,11 @@ def static_layers(
         if len(near):
             masks["debris"] = (burn(near.geometry.to_crs(crs), [1] * len(near), 0) == 1) & (index >= 0)
     own_zones = zones[zones["glacier_id"] == glacier_id].set_index("buffer_m")
+    lacking = set(buffers_m) - set(own_zones.index)
+    if lacking:
+        raise ValueError(
+            f"glacier {glacier_id} has no zones of {sorted(lacking)} m; materialize glacier_zones with these buffers"
+        )
     for buffer_m in sorted(buffers_m):
         shape = own_zones.geometry.loc[[buffer_m]].to_crs(crs)
         zone = burn(shape, [1], 0) == 1
@@ -113,6 +119,8 @@ def static_layers(
     masks["cell"] = index[tuple(nearest)] == me
 
     out = xr.Dataset(coords=xr_coords(geobox))
+    for axis in ("x", "y"):
+        out[axis].attrs |= {"standard_name": f"projection_{axis}_coordinate", "units": "m", "axis": axis.upper()}
     out["mask"] = pack_masks(masks)
     out["glacier_index"] = (("y", "x"), index, {"long_name": "integer id of the glacier, -1 elsewhere"})
     if dem_paths:

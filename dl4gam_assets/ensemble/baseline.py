@@ -12,9 +12,12 @@ import pandas as pd
 
 #: Grid of the published search (Diaconu et al. 2025, section 8; Paul et al. 2020).
 RATIOS = np.round(np.arange(0.5, 5.5 + 1e-9, 0.1), 2)
+#: Blue thresholds, reflectance x 10000; the first leaves them out.
 BLUES = np.arange(0, 1501, 100)
-#: Thresholds of a single band (reflectance x 10000), for sensors without SWIR.
-LEVELS = np.arange(200, 10001, 100)
+#: Thresholds of a single band (reflectance), for sensors without SWIR.
+LEVELS = np.round(np.arange(0.02, 1.0 + 1e-9, 0.01), 2)
+#: Thresholds of a ratio of a visible band to near infrared, which varies less than red / SWIR.
+VISIBLE_RATIOS = np.round(np.arange(0.5, 2.5 + 1e-9, 0.05), 2)
 
 Sample = tuple[Mapping[str, np.ndarray], np.ndarray, np.ndarray, float]
 
@@ -23,12 +26,15 @@ def fit_baseline(samples: Iterable[Sample], bands: Sequence[str]) -> pd.DataFram
     """Thresholds with the best area-weighted IoU.
 
     With red and SWIR: ice where red / SWIR is at least a threshold (0.5 to 5.5 in steps of 0.1), and where blue is at
-    least another (reflectance x 10000, 0 to 1500; 0 leaves it out), as published. Without SWIR the ratio tells nothing:
-    the baseline is then one brightness threshold on the best of the bands there are (``threshold <band>``): ice and
-    snow are brighter than rock.
+    least another (reflectance x 10000, 0 to 1500; 0 leaves it out), as published.
 
-    Each glacier's pixels are sorted into a histogram of (ratio, blue) once; all threshold pairs follow from its
-    cumulative sums, instead of one confusion matrix for each.
+    Without SWIR that ratio can not be made. The baseline is then the best of one threshold on the brightness of a band
+    (``threshold <band>``, 0.02 to 1 in steps of 0.01: ice and snow are brighter than rock) and one on the ratio of red
+    or blue to near infrared (``ratio <band>/nir``, 0.5 to 2.5 in steps of 0.05: ice darkens towards longer wavelengths,
+    rock and vegetation do not), chosen in the same way.
+
+    Each glacier's pixels are sorted into a histogram of thresholds once; the confusion of every threshold, or pair, is
+    a cumulative sum of it, instead of one pass over the pixels each.
 
     Parameters
     ----------
@@ -38,85 +44,100 @@ def fit_baseline(samples: Iterable[Sample], bands: Sequence[str]) -> pd.DataFram
     Returns
     -------
     DataFrame
-        Rows of the table ``baseline``.
+        The row of the table ``baseline`` (without its fold).
 
     Raises
     ------
     ValueError
-        if there is no sample.
+        if there is no sample, or none with an area.
     """
-    ratio = {"red", "swir16"} <= set(bands)
-    kinds = ["ratio"] if ratio else list(bands)
-    scores: dict[str, np.ndarray] = {}
+    kinds = _kinds(bands)
+    scores = {kind: np.zeros(shape) for kind, (_, _, shape) in kinds.items()}
     weights = 0.0
     for values, target, valid, weight in samples:
         weights += weight
-        for kind in kinds:
-            if kind == "ratio":
-                iou = _ratio_iou(values, target, valid)
-            else:
-                iou = _level_iou(values[kind], target, valid)
-            scores[kind] = scores.get(kind, np.zeros_like(iou)) + weight * iou
-    if not scores or weights <= 0:
+        y = target[valid]
+        for kind, (numerator, denominator, shape) in kinds.items():
+            feature = _feature(values, numerator, denominator)[valid]
+            blue = values["blue"][valid] if len(shape) == 2 and "blue" in values else None
+            scores[kind] += weight * _iou(feature, blue, y, _thresholds(numerator, denominator))
+    if weights <= 0:
         raise ValueError("no glacier to fit the baseline on")
-    rows = []
-    for kind, total in scores.items():
-        best = np.unravel_index(int(np.argmax(total)), total.shape)
-        row = {"fit_iou": float(total[best] / weights)}
-        if kind == "ratio":
-            blue = float(BLUES[best[1]])
-            row |= {"method": "band ratio red/swir16", "numerator": "red", "denominator": "swir16",
-                    "ratio_threshold": float(RATIOS[best[0]]), "blue_threshold": blue if blue > 0 else None}  # fmt: skip
-        else:
-            row |= {"method": f"threshold {kind}", "numerator": kind, "denominator": None,
-                    "ratio_threshold": float(LEVELS[best[0]]) / 1e4, "blue_threshold": None}  # fmt: skip
-        rows.append(row)
-    frame = pd.DataFrame(rows)
-    return frame.loc[[frame["fit_iou"].idxmax()]].reset_index(drop=True)
+    best = max(scores, key=lambda kind: float(scores[kind].max()))
+    numerator, denominator, shape = kinds[best]
+    where = np.unravel_index(int(np.argmax(scores[best])), shape)
+    blue_threshold = float(BLUES[where[1]]) if len(shape) == 2 and where[1] > 0 else None
+    row = {
+        "method": best,
+        "numerator": numerator,
+        "denominator": denominator,
+        "ratio_threshold": float(_thresholds(numerator, denominator)[where[0]]),
+        "blue_threshold": blue_threshold,
+        "fit_iou": float(scores[best][where] / weights),
+    }
+    return pd.DataFrame([row])
 
 
 def apply_baseline(bands: Mapping[str, np.ndarray], row: Mapping[str, object] | pd.Series) -> np.ndarray:
     """Glacier mask (H, W) of a fitted baseline; missing pixels are no glacier."""
-    numerator = bands[str(row["numerator"])]
-    threshold = float(row["ratio_threshold"])  # type: ignore[arg-type]
-    denominator = row["denominator"]
+    denominator = None if _absent(row["denominator"]) else str(row["denominator"])
     with np.errstate(invalid="ignore"):
-        if denominator is None or pd.isna(denominator):
-            return numerator >= threshold
-        mask = _ratio(numerator, bands[str(denominator)]) >= threshold
-        blue = row["blue_threshold"]
-        if blue is not None and not pd.isna(blue):
-            mask &= bands["blue"] * 1e4 >= float(blue)  # type: ignore[arg-type]
+        mask: np.ndarray = _feature(bands, str(row["numerator"]), denominator) >= np.float32(row["ratio_threshold"])  # type: ignore[arg-type]
+        if not _absent(row["blue_threshold"]):
+            mask &= bands["blue"] >= _blue_levels(np.array(row["blue_threshold"], dtype=float))
     return mask
 
 
-def _ratio(red: np.ndarray, swir: np.ndarray) -> np.ndarray:
+def _absent(value: object) -> bool:
+    return value is None or bool(pd.isna(value))  # type: ignore[call-overload]
+
+
+def _kinds(bands: Sequence[str]) -> dict[str, tuple[str, str | None, tuple[int, ...]]]:
+    """Candidates: method -> numerator, denominator, shape of the grid of thresholds."""
+    if {"red", "swir16"} <= set(bands):
+        return {"band ratio red/swir16": ("red", "swir16", (len(RATIOS), len(BLUES)))}
+    kinds: dict[str, tuple[str, str | None, tuple[int, ...]]] = {
+        f"threshold {band}": (band, None, (len(LEVELS),)) for band in bands
+    }
+    for band in ("red", "blue"):
+        if {band, "nir"} <= set(bands):
+            kinds[f"ratio {band}/nir"] = (band, "nir", (len(VISIBLE_RATIOS),))
+    return kinds
+
+
+def _thresholds(numerator: str, denominator: str | None) -> np.ndarray:
+    if denominator is None:
+        return LEVELS
+    return RATIOS if denominator == "swir16" else VISIBLE_RATIOS
+
+
+def _feature(bands: Mapping[str, np.ndarray], numerator: str, denominator: str | None) -> np.ndarray:
+    values = np.asarray(bands[numerator], dtype=np.float32)
+    if denominator is None:
+        return values
     # SWIR is close to zero on ice: the ratio is then large, not undefined.
-    return red / np.maximum(swir, 1e-4)
+    return values / np.maximum(np.asarray(bands[denominator], dtype=np.float32), np.float32(1e-4))
 
 
-def _ratio_iou(values: Mapping[str, np.ndarray], target: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    red, swir = values["red"][valid], values["swir16"][valid]
-    blue = values["blue"][valid] * 1e4 if "blue" in values else np.full(red.shape, np.inf)
-    y = target[valid]
-    # Index of the highest threshold that a pixel still reaches, plus one; 0: it reaches none.
-    i = np.searchsorted(RATIOS, _ratio(red, swir) + 1e-9, side="right")
-    j = np.searchsorted(BLUES, blue, side="right")
-    shape = (len(RATIOS) + 1, len(BLUES) + 1)
-    flat = i * shape[1] + j
-    hit = np.bincount(flat[y], minlength=shape[0] * shape[1]).reshape(shape)
-    miss = np.bincount(flat[~y], minlength=shape[0] * shape[1]).reshape(shape)
-    # Pixels at or above both thresholds: cumulative sums from the upper end.
-    tp, fp = (np.cumsum(np.cumsum(h[::-1, ::-1], 0), 1)[::-1, ::-1][1:, 1:] for h in (hit, miss))
-    iou: np.ndarray = tp / np.maximum(int(y.sum()) + fp, 1)
-    return iou
+def _blue_levels(thresholds: np.ndarray) -> np.ndarray:
+    return (thresholds / 1e4).astype(np.float32)
 
 
-def _level_iou(band: np.ndarray, target: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    values, y = band[valid] * 1e4, target[valid]
-    i = np.searchsorted(LEVELS, values + 1e-6, side="right")
-    hit = np.bincount(i[y], minlength=len(LEVELS) + 1)
-    miss = np.bincount(i[~y], minlength=len(LEVELS) + 1)
-    tp, fp = (np.cumsum(h[::-1])[::-1][1:] for h in (hit, miss))
-    iou: np.ndarray = tp / np.maximum(int(y.sum()) + fp, 1)
+def _iou(feature: np.ndarray, blue: np.ndarray | None, y: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+    """IoU for every threshold, or for every pair with a blue threshold when there is a second axis."""
+    # Position 0 reaches no threshold, position k the first k of them. Compared as float32, as when they are applied.
+    i = np.searchsorted(thresholds.astype(np.float32), feature, side="right")
+    if thresholds is RATIOS:
+        levels = _blue_levels(BLUES)
+        j = np.full(len(i), len(BLUES)) if blue is None else np.searchsorted(levels, blue, side="right")
+        j = np.maximum(j, 1)  # the first level leaves the blue band out, whatever its value
+        shape: tuple[int, ...] = (len(thresholds) + 1, len(BLUES) + 1)
+        flat = i * shape[1] + j
+    else:
+        shape, flat = (len(thresholds) + 1,), i
+    hit, miss = (np.bincount(flat[where], minlength=int(np.prod(shape))).reshape(shape) for where in (y, ~y))
+    for axis in range(len(shape)):
+        hit, miss = (np.flip(np.cumsum(np.flip(h, axis), axis), axis) for h in (hit, miss))
+    inner = (slice(1, None),) * len(shape)
+    iou: np.ndarray = hit[inner] / np.maximum(int(y.sum()) + miss[inner], 1)
     return iou

@@ -32,7 +32,9 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray, bounds: tuple[float,
     """
     if not len(labels):
         raise ValueError("no validation pixels to fit a temperature on")
-    found = minimize_scalar(lambda t: log_loss(logits, labels, t), bounds=bounds, method="bounded", options={"xatol": 1e-4})
+    found = minimize_scalar(
+        lambda t: log_loss(logits, labels, t), bounds=bounds, method="bounded", options={"xatol": 1e-4}
+    )
     return float(np.clip(found.x, *bounds))
 
 

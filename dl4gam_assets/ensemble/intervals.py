@@ -31,17 +31,28 @@ def interval_masks(mean: np.ndarray, std: np.ndarray, tau: float, allowed: np.nd
     """
     if not 0.0 <= tau <= 0.5:
         raise ValueError(f"tau is {tau}, not in [0, 0.5]")
-    return (mean - std >= 1.0 - tau) & allowed, (mean + std >= tau) & allowed
+    low, high = _limits(np.float64(tau))
+    return (_bound(mean, -std) >= low) & allowed, (_bound(mean, std) >= high) & allowed
+
+
+def _bound(mean: np.ndarray, spread: np.ndarray) -> np.ndarray:
+    total: np.ndarray = np.asarray(mean, dtype=np.float32) + np.asarray(spread, dtype=np.float32)
+    return total
+
+
+def _limits(taus: np.ndarray | np.float64) -> tuple[np.ndarray, np.ndarray]:
+    """Limits 1 - tau and tau as float32: maps are compared in their own precision, here and in the search for tau."""
+    return np.asarray(1.0 - taus, dtype=np.float32), np.asarray(taus, dtype=np.float32)
 
 
 def interval_areas(
     mean: np.ndarray, std: np.ndarray, allowed: np.ndarray, pixel_km2: float, taus: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Lower and upper area (km2) for every tau at once: sorted thresholds instead of a mask for each tau."""
-    low = np.sort((mean - std)[allowed].astype(np.float64))
-    high = np.sort((mean + std)[allowed].astype(np.float64))
-    lower = len(low) - np.searchsorted(low, 1.0 - taus, side="left")
-    upper = len(high) - np.searchsorted(high, taus, side="left")
+    below, above = _limits(np.asarray(taus, dtype=np.float64))
+    low, high = np.sort(_bound(mean, -std)[allowed]), np.sort(_bound(mean, std)[allowed])
+    lower = len(low) - np.searchsorted(low, below, side="left")
+    upper = len(high) - np.searchsorted(high, above, side="left")
     return lower * pixel_km2, upper * pixel_km2
 
 
@@ -106,7 +117,7 @@ def fit_tau(features: pd.DataFrame, taus: np.ndarray, settings: CalibrationSetti
     A tau at or below the q-quantile of the covering taus gives an interval that contains the truth in ``coverage`` of
     the cases. With fewer than ``settings.min_glaciers`` glaciers four coefficients can not be fitted: the rule is then
     the plain q-quantile (``regional_quantile``), found by the rank q (n + 1) rounded down, at least the lowest, so that
-    few glaciers make the interval wider rather than narrower.
+    few glaciers make the interval wider rather than narrower. The same where the regression has no finite solution.
 
     Parameters
     ----------
@@ -123,9 +134,10 @@ def fit_tau(features: pd.DataFrame, taus: np.ndarray, settings: CalibrationSetti
     q = 1.0 - settings.coverage
     share = np.clip(np.asarray(taus, dtype=np.float64) / settings.tau_max, _EPS, 1 - _EPS)
     y = np.log(share / (1 - share))
+    rank = max(int(np.floor(q * (len(y) + 1))), 1)
+    regional = TauRule("regional_quantile", float(np.sort(y)[rank - 1]), maximum=settings.tau_max)
     if len(y) < settings.min_glaciers:
-        rank = max(int(np.floor(q * (len(y) + 1))), 1)
-        return TauRule("regional_quantile", float(np.sort(y)[rank - 1]), maximum=settings.tau_max)
+        return regional
     import statsmodels.api as sm
 
     x = features[list(FEATURES)].astype(float)
@@ -133,6 +145,8 @@ def fit_tau(features: pd.DataFrame, taus: np.ndarray, settings: CalibrationSetti
     scales = scales.where(scales > 1e-9, 1.0)
     design = np.column_stack([np.ones(len(x)), ((x - means) / scales).to_numpy()])
     fitted = sm.QuantReg(y, design).fit(q=q, max_iter=2000)
+    if not np.isfinite(fitted.params).all():
+        return regional
     weights = dict(zip(FEATURES, map(float, fitted.params[1:]), strict=True))
     return TauRule(
         "quantile_regression", float(fitted.params[0]), weights, means.to_dict(), scales.to_dict(), settings.tau_max

@@ -25,7 +25,7 @@ _HOMES = {
     "write_swiss_inventory": "sgi",
 }
 
-__all__ = sorted(_HOMES)  # noqa: PLE0605
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

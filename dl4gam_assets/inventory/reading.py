@@ -70,9 +70,13 @@ def read_inventory(path: Path, settings: InventorySettings) -> tuple[gpd.GeoData
         if not glacier_id:
             rejected.append((f"row {row + 1}", "the glacier has no id", "NoId"))
         elif len(glacier_id) > 150:
-            rejected.append((glacier_id[:60] + "...", f"the id has {len(glacier_id)} characters (at most 150)", "BadId"))
+            rejected.append(
+                (glacier_id[:60] + "...", f"the id has {len(glacier_id)} characters (at most 150)", "BadId")
+            )
         elif glacier_id in seen:
-            rejected.append((glacier_id, f"the id occurs again in row {row + 1}; only the first is used", "DuplicateId"))
+            rejected.append(
+                (glacier_id, f"the id occurs again in row {row + 1}; only the first is used", "DuplicateId")
+            )
         elif usable is None:
             rejected.append((glacier_id, f"{why}; mend the outline in {path.name}", kind))
         else:
@@ -92,7 +96,9 @@ def read_inventory(path: Path, settings: InventorySettings) -> tuple[gpd.GeoData
             "country": _column(out, columns.country, settings.default_country),
             "inventory_date": _dates(out, settings),
             "inventory_area_km2": area,
-            "stated_area_km2": pd.to_numeric(pd.Series(_column(out, columns.area_km2, None)), errors="coerce").to_numpy(),
+            "stated_area_km2": pd.to_numeric(
+                pd.Series(_column(out, columns.area_km2, None)), errors="coerce"
+            ).to_numpy(),
             "lon": points.x.to_numpy(),
             "lat": points.y.to_numpy(),
             "utm_epsg": epsg,
@@ -145,7 +151,11 @@ def _usable(shape: Any) -> tuple[Any | None, str, str]:
         return None, "the outline encloses no area, even after repair", "NoArea"
     west, south, east, north = shape.bounds
     if west < -180.001 or east > 180.001 or south < -90 or north > 90:
-        return None, f"the outline lies at {west:.3f}, {south:.3f}, outside the world; is the CRS right?", "BadCoordinates"
+        return (
+            None,
+            f"the outline lies outside the world ({west:.3f}, {south:.3f}); is the CRS right?",
+            "BadCoordinates",
+        )
     return shape, "", ""
 
 
@@ -194,7 +204,7 @@ def read_date(value: Any) -> dt.datetime | None:
 
 def utm_epsg_of(lon: float, lat: float) -> int:
     """EPSG code of the UTM zone of a point in degrees (WGS 84): 326zz north, 327zz south of the equator."""
-    zone = min(int((((lon + 180.0) % 360.0) // 6.0)) + 1, 60)
+    zone = min(int(((lon + 180.0) % 360.0) // 6.0) + 1, 60)
     return (32700 if lat < 0 else 32600) + zone
 
 

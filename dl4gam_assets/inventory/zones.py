@@ -53,7 +53,7 @@ def glacier_zones(glaciers: gpd.GeoDataFrame, buffers_m: Sequence[int]) -> gpd.G
     frames = []
     for code in np.unique(code_of):
         mine = np.flatnonzero(code_of == code)
-        shapes = glaciers.geometry.iloc[mine].to_crs(int(code)).to_numpy()
+        shapes = _valid(glaciers.geometry.iloc[mine].to_crs(int(code)).to_numpy())
         local = np.full(len(glaciers), -1)
         local[mine] = np.arange(len(mine))
         zones = _zones_of(shapes, local[pairs[code_of[pairs[:, 0]] == code]], buffers_m, largest)
@@ -181,6 +181,14 @@ def _union(polygons: np.ndarray) -> shapely.Geometry:
         return shapely.union_all(polygons)
     except shapely.GEOSException:
         return shapely.union_all(shapely.buffer(polygons, 0.001, join_style="mitre"))
+
+
+def _valid(shapes: np.ndarray) -> np.ndarray:
+    """Outlines that a change of CRS made cross themselves (at cusps, by rounding) are repaired."""
+    shapes = shapes.copy()
+    for k in np.flatnonzero(~shapely.is_valid(shapes)):
+        shapes[k] = _polygonal(shapely.make_valid(shapes[k]))
+    return shapes
 
 
 def _polygonal(shape: shapely.Geometry) -> shapely.Geometry:

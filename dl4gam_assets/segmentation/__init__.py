@@ -18,6 +18,9 @@ _HOMES = {
     "STANDARDIZED_FREE": "normalization",
     "pack_cubes": "packing",
     "PackedCubes": "packing",
+    "patch_centres": "sampling",
+    "draw_patches": "sampling",
+    "symmetry": "sampling",
     "build_model": "model",
     "save_member": "files",
     "load_member": "files",
@@ -30,7 +33,7 @@ _HOMES = {
     "fill_gaps": "filling",
 }
 
-__all__ = sorted(_HOMES)  # noqa: PLE0605
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,8 +1,8 @@
 """Importing segmentation-models-pytorch beside a torch build that torchvision was not compiled for.
 
-torchvision registers two operators (nms, qnms) of its compiled library at import; where that library does not fit torch,
-the import fails although nothing here uses them. They are then declared without an implementation. Where torchvision
-imports by itself, nothing is touched.
+torchvision registers two operators (nms, qnms) of its compiled library at import; where that library does not fit
+torch, the import fails although nothing here uses them. They are then declared without an implementation. Where
+torchvision imports by itself, nothing is touched.
 """
 
 from __future__ import annotations

@@ -6,8 +6,7 @@ Belongs here: saving and loading members with checks. Does not belong here: trai
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from upath import UPath
 
-from dl4gam_assets.segmentation.model import build_model
+from dl4gam_assets.segmentation.model import build_model, channels_last
 from dl4gam_assets.settings import ModelSettings
 from dl4gam_assets.storage import Storage
 
@@ -45,7 +44,7 @@ def save_member(
     meta = {
         "sha256": sha256,
         "model": settings.model_dump(mode="json"),
-        "normalization": statistics[["channel", "mean", "std", "standardized"]].to_dict("records"),
+        "normalization": _records(statistics),
         "best_epoch": member.best_epoch,
         "validation_iou": member.validation_iou,
         "seed": member.seed,
@@ -55,27 +54,52 @@ def save_member(
     return sha256
 
 
+def _records(statistics: pd.DataFrame) -> list[dict[str, Any]]:
+    return [
+        {"channel": str(r.channel), "mean": float(r.mean), "std": float(r.std), "standardized": bool(r.standardized)}
+        for r in statistics.itertuples()
+    ]
+
+
 def load_member(
-    storage: Storage, folder: UPath, expected_sha256: str | None = None
+    storage: Storage,
+    folder: UPath,
+    expected_sha256: str | None = None,
+    *,
+    channels: Sequence[str] | None = None,
+    statistics: pd.DataFrame | None = None,
 ) -> tuple[torch.nn.Module, dict[str, Any]]:
     """A member in evaluation mode on the CPU, and its JSON.
+
+    Parameters
+    ----------
+    expected_sha256 : hash that the weights must have
+    channels, statistics : what the member will be used with; refused unless it was trained with the same
 
     Raises
     ------
     ModelFileError
-        if a file is missing or damaged, the weights are not those of the JSON or not the expected ones, or they do not
-        fit the network.
+        if a file is missing or damaged, the weights are not those of the JSON or not the expected ones, they do not fit
+        the network, or the member was trained with other channels or another normalization.
     """
-    meta = storage.read_json(folder / "model.json")
-    if meta is None:
+    try:
+        meta = storage.read_json(folder / "model.json")
+        settings = ModelSettings.model_validate(meta["model"]) if meta is not None else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelFileError(f"{folder / 'model.json'} is damaged ({error}): train the member again") from error
+    if meta is None or settings is None:
         raise ModelFileError(f"{folder} holds no finished model: materialize its ensemble_member")
+    if channels is not None and list(channels) != settings.channels:
+        raise ModelFileError(f"{folder} was trained on the channels {settings.channels}, not on {list(channels)}")
+    if statistics is not None and _records(statistics) != meta.get("normalization"):
+        raise ModelFileError(f"{folder} was trained with another normalization: materialize its ensemble_member again")
     weights = folder / "model.safetensors"
     if not weights.exists():
         raise ModelFileError(f"{weights} is missing: materialize its ensemble_member again")
     with storage.reading(weights) as path:
         sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         if sha256 != meta["sha256"]:
-            raise ModelFileError(f"{weights} is not the file that model.json describes (its hash differs): train it again")
+            raise ModelFileError(f"{weights} is not the file of its model.json (its hash differs): train it again")
         if expected_sha256 is not None and sha256 != expected_sha256:
             raise ModelFileError(
                 f"{weights} was trained again since its ensemble was collected: materialize ensemble and calibration"
@@ -84,9 +108,9 @@ def load_member(
             state = load_file(path)
         except SafetensorError as error:
             raise ModelFileError(f"{weights} is no safetensors file: {error}") from error
-    model = build_model(ModelSettings.model_validate(meta["model"]), pretrained=False)
+    model = build_model(settings, pretrained=False)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise ModelFileError(f"{weights} does not fit the network of its model.json: {str(error)[:300]}") from error
-    return model.to(memory_format=torch.channels_last).eval(), dict(meta)
+    return channels_last(model).eval(), dict(meta)

@@ -17,8 +17,8 @@ def fill_gaps(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
     """Replace predictions of unusable pixels of the zone by the mean of their nearest usable ones.
 
-    ``settings.fill``: ``nearest`` takes the ``fill_neighbours`` (30, published) nearest usable pixels of the zone in the
-    plane, ``elevation`` those nearest in elevation (the plane where a pixel has no elevation, or there is no DEM).
+    ``settings.fill``: ``nearest`` takes the ``fill_neighbours`` (30, published) nearest usable pixels of the zone in
+    the plane, ``elevation`` those nearest in elevation (the plane where a pixel has no elevation, or without a DEM).
     Without any usable pixel nothing is changed.
 
     Parameters

@@ -6,7 +6,7 @@ Does not belong here: calibration and averages over members (``ensemble``).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -17,7 +17,12 @@ _MULTIPLE = 32  # every encoder halves at most five times
 
 
 def predict_logits(
-    models: Sequence[torch.nn.Module], stack: np.ndarray, settings: InferenceSettings, device: str
+    models: Sequence[torch.nn.Module],
+    stack: np.ndarray,
+    settings: InferenceSettings,
+    device: str,
+    *,
+    centres: np.ndarray | None = None,
 ) -> np.ndarray:
     """Logits of each model for a whole glacier.
 
@@ -31,16 +36,28 @@ def predict_logits(
     stack : float32 array (C, H, W), normalized, without NaN
     settings : mode, sizes, precision
     device : torch device name
+    centres : int array (N, 2) of rows and columns, for mode ``stride`` only: patches lie around them, as the published
+        ones around ``patch_centres(zone, glacier, stride_px, extremes=True)``, and pixels that no patch reaches are
+        NaN. Without them patches cover the whole grid.
 
     Returns
     -------
     float32 array (M, H, W).
+
+    Raises
+    ------
+    ValueError
+        if the stack is not (C, H, W) or holds NaN, or ``overlap_px`` is not below ``window_px``.
     """
+    if stack.ndim != 3 or not np.isfinite(stack).all():
+        raise ValueError(f"the stack must be (C, H, W) without NaN: normalize it first (its shape is {stack.shape})")
+    if settings.mode == "windows" and settings.overlap_px >= settings.window_px:
+        raise ValueError(f"inference.overlap_px ({settings.overlap_px}) must be below window_px ({settings.window_px})")
     x = torch.from_numpy(np.ascontiguousarray(stack, dtype=np.float32))
     low = _low_precision(settings, device)
     with torch.inference_mode(), torch.autocast(device.split(":")[0], dtype=torch.bfloat16, enabled=low):
         if settings.mode == "stride":
-            return np.stack([_stride(m, x, settings, device) for m in models])
+            return np.stack([_stride(m, x, settings, device, centres) for m in models])
         return _windows(models, x, settings, device)
 
 
@@ -62,7 +79,8 @@ def _padded(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
         down = min(height - x.shape[1], x.shape[1] - 1)
         right = min(width - x.shape[2], x.shape[2] - 1)
         if (down <= 0 and x.shape[1] < height) or (right <= 0 and x.shape[2] < width):
-            return torch.nn.functional.pad(x[None], (0, width - x.shape[2], 0, height - x.shape[1]), mode="replicate")[0]
+            missing = (0, width - x.shape[2], 0, height - x.shape[1])
+            return torch.nn.functional.pad(x[None], missing, mode="replicate")[0]
         x = torch.nn.functional.pad(x[None], (0, right, 0, down), mode="reflect")[0]
     return x
 
@@ -71,7 +89,9 @@ def _up(size: int) -> int:
     return -(-size // _MULTIPLE) * _MULTIPLE
 
 
-def _windows(models: Sequence[torch.nn.Module], x: torch.Tensor, settings: InferenceSettings, device: str) -> np.ndarray:
+def _windows(
+    models: Sequence[torch.nn.Module], x: torch.Tensor, settings: InferenceSettings, device: str
+) -> np.ndarray:
     height, width = x.shape[1:]
     size = settings.window_px
     total = torch.zeros((len(models), height, width), dtype=torch.float32)
@@ -113,13 +133,15 @@ def _ramp(length: int, before: bool, after: bool, overlap: int) -> torch.Tensor:
     return ramp.clamp(min=1e-3)
 
 
-def _stride(model: torch.nn.Module, x: torch.Tensor, settings: InferenceSettings, device: str) -> np.ndarray:
+def _stride(
+    model: torch.nn.Module, x: torch.Tensor, settings: InferenceSettings, device: str, centres: np.ndarray | None
+) -> np.ndarray:
     size, height, width = settings.patch_px, x.shape[1], x.shape[2]
     x = _padded(x, max(height, size), max(width, size))
     drop = int(size * settings.margin_share)
     total = torch.zeros(x.shape[1:], dtype=torch.float64)
     count = torch.zeros(x.shape[1:], dtype=torch.float64)
-    positions = list(_positions(x.shape[1], x.shape[2], size, settings.stride_px))
+    positions = _positions(x.shape[1], x.shape[2], size, settings.stride_px, centres)
     for first in range(0, len(positions), 16):
         group = positions[first : first + 16]
         batch = torch.stack([x[:, t : t + size, left : left + size] for t, left in group])
@@ -132,11 +154,15 @@ def _stride(model: torch.nn.Module, x: torch.Tensor, settings: InferenceSettings
             d = size if left + size == x.shape[2] else size - drop
             total[t + a : t + b, left + c : left + d] += p[a:b, c:d]
             count[t + a : t + b, left + c : left + d] += 1
-    mean = (total / count.clamp(min=1))[:height, :width].clamp(1e-7, 1 - 1e-7)
+    mean = (total / count)[:height, :width].clamp(1e-7, 1 - 1e-7)  # 0 / 0, NaN, where no patch lies
     return torch.logit(mean).float().numpy()
 
 
-def _positions(height: int, width: int, size: int, stride: int) -> Iterator[tuple[int, int]]:
-    tops = sorted({*range(0, height - size + 1, stride), height - size})
-    lefts = sorted({*range(0, width - size + 1, stride), width - size})
-    return ((t, left) for t in tops for left in lefts)
+def _positions(height: int, width: int, size: int, stride: int, centres: np.ndarray | None) -> list[tuple[int, int]]:
+    """Upper left corners of the patches, all inside the grid."""
+    if centres is None:
+        tops = sorted({*range(0, height - size + 1, stride), height - size})
+        lefts = sorted({*range(0, width - size + 1, stride), width - size})
+        return [(t, left) for t in tops for left in lefts]
+    corners = np.clip(np.asarray(centres) - size // 2, 0, [height - size, width - size])
+    return [(int(t), int(left)) for t, left in np.unique(corners, axis=0)]

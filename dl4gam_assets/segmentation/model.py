@@ -6,6 +6,7 @@ Belongs here: construction and initial weights. Does not belong here: training, 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,7 +19,8 @@ def build_model(settings: ModelSettings, *, pretrained: bool = True) -> torch.nn
 
     The published one is a U-Net with a ResNet-34 encoder of depth 5, a decoder without batch norm and one class. With
     ``pretrained`` the encoder starts from ``settings.encoder_weights``: a named set that segmentation-models-pytorch
-    downloads (its first convolution is adapted to C channels), a local .safetensors file of encoder weights, or none.
+    downloads, a local .safetensors file of encoder weights (or of a whole network, such as another member), or none. A
+    first convolution for another number of channels is adapted: its channels repeat, scaled to keep the sum.
 
     Raises
     ------
@@ -28,8 +30,11 @@ def build_model(settings: ModelSettings, *, pretrained: bool = True) -> torch.nn
     smp = import_smp()
     weights = settings.encoder_weights if pretrained else None
     local = Path(weights).expanduser() if weights and weights.endswith(".safetensors") else None
-    options = {"decoder_use_norm": False} if settings.architecture.lower() in {"unet", "unetplusplus", "linknet"} else {}
-    if settings.architecture.lower() in {"unet", "unetplusplus"}:
+    name = settings.architecture.lower()
+    options: dict[str, Any] = {}
+    if name in {"unet", "unetplusplus", "linknet"}:
+        options["decoder_use_norm"] = False
+    if name in {"unet", "unetplusplus"}:
         options["decoder_channels"] = list(settings.decoder_channels)
     try:
         model = smp.create_model(
@@ -41,6 +46,11 @@ def build_model(settings: ModelSettings, *, pretrained: bool = True) -> torch.nn
             classes=1,
             **options,
         )
+    except OSError as error:
+        raise SettingsError(
+            f"model.encoder_weights: the weights {weights!r} of {settings.encoder} could not be downloaded "
+            f"({' '.join(str(error).split())[:200]}); set it to a local .safetensors file, or to null (random weights)"
+        ) from error
     except (KeyError, ValueError, TypeError) as error:
         raise SettingsError(
             f"model: segmentation-models-pytorch can not build {settings.architecture} with encoder {settings.encoder} "
@@ -51,21 +61,34 @@ def build_model(settings: ModelSettings, *, pretrained: bool = True) -> torch.nn
     return model  # type: ignore[no-any-return]
 
 
+def channels_last(model: torch.nn.Module) -> torch.nn.Module:
+    """The same network with its weights laid out channels last, which convolutions run faster with."""
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
 def _load_encoder(model: torch.nn.Module, path: Path, channels: int) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not path.is_file():
         raise SettingsError(f"model.encoder_weights: {path} does not exist")
-    wanted = model.encoder.state_dict()
-    state = {k: v for k, v in load_file(path).items() if k in wanted}
+    encoder = model.get_submodule("encoder")
+    wanted = encoder.state_dict()
+    try:
+        loaded = {k.removeprefix("encoder."): v for k, v in load_file(path).items()}
+    except SafetensorError as error:
+        raise SettingsError(f"model.encoder_weights: {path} is no safetensors file: {error}") from error
+    state = {k: v for k, v in loaded.items() if k in wanted}
     for name, value in state.items():
-        if value.shape != wanted[name].shape:
-            if value.ndim != 4 or wanted[name].shape[1] != channels:
-                raise SettingsError(f"model.encoder_weights: {path} does not fit: {name} is {tuple(value.shape)}")
+        have, want = tuple(value.shape), tuple(wanted[name].shape)
+        if have != want:
+            first = len(have) == len(want) == 4 and want[1] == channels and (have[0], *have[2:]) == (want[0], *want[2:])
+            if not first:
+                raise SettingsError(f"model.encoder_weights: {path} does not fit: {name} is {have}, not {want}")
             # The first convolution: repeat the known channels, keeping the sum of the weights.
             repeats = [value[:, i % value.shape[1]] for i in range(channels)]
             state[name] = torch.stack(repeats, dim=1) * (value.shape[1] / channels)
     missing = [k for k in wanted if k not in state and "num_batches_tracked" not in k]
     if missing:
         raise SettingsError(f"model.encoder_weights: {path} lacks {missing[0]} and {len(missing) - 1} more")
-    model.encoder.load_state_dict(state, strict=False)
+    encoder.load_state_dict(state, strict=False)

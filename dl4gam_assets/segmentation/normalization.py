@@ -14,15 +14,13 @@ import pandas as pd
 STANDARDIZED_FREE = frozenset({"ndvi", "ndwi", "ndsi", "slope", "sin_aspect", "cos_aspect"})
 
 
-def normalization_statistics(
-    stacks: Iterable[tuple[np.ndarray, np.ndarray]], channels: Sequence[str]
-) -> pd.DataFrame:
+def normalization_statistics(stacks: Iterable[tuple[np.ndarray, np.ndarray]], channels: Sequence[str]) -> pd.DataFrame:
     """Mean and standard deviation of each channel over valid pixels, in one pass and exact.
 
     Parameters
     ----------
-    stacks : pairs of a float array (C, H, W), NaN where missing, and a bool array (H, W) of usable pixels. Image
-        channels are missing where the pixel is not usable; terrain counts everywhere.
+    stacks : pairs of a float array (C, H, W), NaN where missing, and a bool array (H, W) of usable pixels. A pixel
+        counts for a channel where it is usable and the channel is not missing.
     channels : names of the C channels
 
     Returns
@@ -81,19 +79,35 @@ def normalize(stack: np.ndarray, channels: Sequence[str], statistics: pd.DataFra
     ValueError
         if the statistics are of other channels.
     """
+    if len(stack) != len(channels):
+        raise ValueError(f"the stack has {len(stack)} layers, but there are {len(channels)} channels")
+    shift, scale, fill = affine(channels, statistics)
+    out = (stack.astype(np.float32, copy=False) - shift[:, None, None]) / scale[:, None, None]
+    return np.where(np.isfinite(out), out, fill[:, None, None])
+
+
+def affine(channels: Sequence[str], statistics: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What :func:`normalize` does to each channel: ``(value - shift) / scale``, and ``fill`` where it is missing.
+
+    A missing value is the channel's mean: zero after standardization, the mean itself for the other channels. A channel
+    that never varies is only shifted.
+
+    Returns
+    -------
+    shift, scale, fill : float32 arrays (C,)
+
+    Raises
+    ------
+    ValueError
+        if the statistics are of other channels.
+    """
     table = statistics.set_index("channel")
-    if set(table.index) != set(channels) or len(stack) != len(channels):
+    if set(table.index) != set(channels):
         raise ValueError(f"normalization holds {sorted(table.index)}, but the channels are {list(channels)}")
     table = table.loc[list(channels)]
-    mean = table["mean"].to_numpy(dtype=np.float64)
+    mean, std = (table[name].to_numpy(dtype=np.float64) for name in ("mean", "std"))
     scaled = table["standardized"].to_numpy(dtype=bool)
-    std = table["std"].to_numpy(dtype=np.float64)
     shift = np.where(scaled, mean, 0.0).astype(np.float32)
     scale = np.where(scaled & (std > 0), std, 1.0).astype(np.float32)
-    # A missing value is the channel's mean: zero after standardization, the mean itself otherwise.
     fill = np.where(scaled, 0.0, mean).astype(np.float32)
-    out = (stack.astype(np.float32) - shift[:, None, None]) / scale[:, None, None]
-    bad = ~np.isfinite(out)
-    if bad.any():
-        out = np.where(bad, fill[:, None, None], out)
-    return out
+    return shift, scale, fill

@@ -1,6 +1,10 @@
-"""Training layers packed once: raw channels, targets and patch centres of all glaciers in flat memory-mapped files.
+"""Training layers packed once: raw channels and masks of all glaciers in flat memory-mapped files.
 
-Belongs here: the packed folder. Does not belong here: normalization and batches (``training``).
+Belongs here: the packed folder. Does not belong here: patches (``sampling``), normalization, the loop (``training``).
+
+All members of all folds read the same files, so the memory of a training does not grow with the number of glaciers.
+Channels are integers with a fixed step, the steps of the cubes for the layers that cubes hold (so nothing is lost), and
+1/32000 for those derived from them (indices, sine and cosine of the aspect).
 """
 
 from __future__ import annotations
@@ -8,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,29 +20,77 @@ from pathlib import Path
 import numpy as np
 
 from dl4gam_assets.cubes import channel_stack, cube_mask, open_cube
+from dl4gam_assets.cubes.files import SCALED
 
-_VALID, _TARGET, _ZONE, _GLACIER = 1, 2, 4, 8
+#: The integer of a missing value.
+MISSING = np.int16(-32768)
+_UNIT = 1.0 / 32000.0
+_BITS = {"valid": 1, "any_glacier": 2, "zone_50": 4, "glacier": 8}
+_FORMAT = 2
+
+
+def channel_step(channel: str) -> float:
+    """Value of one integer step of a packed channel."""
+    if channel in {"ndvi", "ndwi", "ndsi", "sin_aspect", "cos_aspect"}:
+        return _UNIT
+    if channel == "slope":
+        return SCALED["slope"][1] / 90.0
+    return SCALED[channel if channel in SCALED else "reflectance"][1]
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Layers of one glacier: raw channels float32 (C, H, W), and masks bool (H, W)."""
+    """Layers of one glacier, or of a window of it: channels int16 (C, H, W), ``MISSING`` where missing, and mask bits
+    uint8 (H, W). Both are views on files; the masks, bool (H, W), are made when they are asked for."""
 
     channels: np.ndarray
-    valid: np.ndarray
-    target: np.ndarray
-    zone: np.ndarray
-    glacier: np.ndarray
+    bits: np.ndarray
+
+    @property
+    def valid(self) -> np.ndarray:
+        """Pixels whose image is usable."""
+        return self._mask("valid")
+
+    @property
+    def target(self) -> np.ndarray:
+        """Pixels of any glacier."""
+        return self._mask("any_glacier")
+
+    @property
+    def zone(self) -> np.ndarray:
+        """This glacier and its 50 m zone."""
+        return self._mask("zone_50")
+
+    @property
+    def glacier(self) -> np.ndarray:
+        """This glacier."""
+        return self._mask("glacier")
+
+    def _mask(self, name: str) -> np.ndarray:
+        found: np.ndarray = (self.bits & np.uint8(_BITS[name])) != 0
+        return found
+
+    def window(self, rows: slice, cols: slice) -> Packed:
+        return Packed(self.channels[:, rows, cols], self.bits[rows, cols])
 
 
 class PackedCubes:
-    """A packed folder, opened read-only; arrays are views on memory-mapped files."""
+    """A packed folder, opened read-only; channels are views on a memory-mapped file.
 
-    def __init__(self, folder: Path, index: dict[str, object]):
+    Attributes
+    ----------
+    channels : names
+    steps : float32 (C,), value of one integer step of each channel
+    """
+
+    def __init__(self, folder: Path, index: Mapping[str, object]):
+        if index.get("format") != _FORMAT:
+            raise ValueError(f"{folder} was packed by another version; delete it")
         self.folder = folder
         self.channels: list[str] = list(index["channels"])  # type: ignore[call-overload]
+        self.steps = np.array([channel_step(c) for c in self.channels], dtype=np.float32)
         self._entries: dict[str, dict[str, int]] = index["glaciers"]  # type: ignore[assignment]
-        self._values = np.memmap(folder / "channels.bin", dtype=np.float32, mode="r")
+        self._values = np.memmap(folder / "channels.bin", dtype=np.int16, mode="r")
         self._bits = np.memmap(folder / "masks.bin", dtype=np.uint8, mode="r")
 
     @classmethod
@@ -49,68 +102,71 @@ class PackedCubes:
     def ids(self) -> list[str]:
         return sorted(self._entries)
 
+    def checksum(self, glacier_id: str) -> int:
+        """Checksum of a glacier's layers, made while packing."""
+        return self._entry(glacier_id)["checksum"]
+
     def glacier(self, glacier_id: str) -> Packed:
-        entry = self._entries[glacier_id]
+        """Layers of a glacier.
+
+        Raises
+        ------
+        KeyError
+            if it was not packed.
+        """
+        entry = self._entry(glacier_id)
         height, width, start = entry["height"], entry["width"], entry["start"]
         size, n = height * width, len(self.channels)
-        bits = self._bits[start : start + size].reshape(height, width)
-        return Packed(
-            self._values[start * n : (start + size) * n].reshape(n, height, width),
-            (bits & _VALID) > 0,
-            (bits & _TARGET) > 0,
-            (bits & _ZONE) > 0,
-            (bits & _GLACIER) > 0,
-        )
+        values = self._values[start * n : (start + size) * n].reshape(n, height, width)
+        return Packed(values, self._bits[start : start + size].reshape(height, width))
+
+    def stack(self, glacier_id: str) -> np.ndarray:
+        """Raw channels of a glacier as float32 (C, H, W), NaN where missing: ``channel_stack`` to the packed steps."""
+        digits = self.glacier(glacier_id).channels
+        values = digits.astype(np.float32) * self.steps[:, None, None]
+        return np.where(digits == MISSING, np.float32(np.nan), values)
+
+    def _entry(self, glacier_id: str) -> dict[str, int]:
+        if glacier_id not in self._entries:
+            raise KeyError(f"glacier {glacier_id} is not among the {len(self._entries)} packed ones in {self.folder}")
+        return self._entries[glacier_id]
 
 
 def pack_cubes(cubes: Mapping[str, Path], channels: Sequence[str], folder: Path) -> PackedCubes:
     """Write the channels and masks of cubes into ``folder`` (made anew) and open it.
 
-    The index file is written last, so a folder that has it is complete.
+    The folder is made beside its final place and moved there when it is complete.
+
+    Raises
+    ------
+    ValueError
+        if there are no cubes.
     """
+    if not cubes:
+        raise ValueError("there are no cubes to train on")
     temporary = folder.with_name(f".tmp-{os.getpid()}-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    steps = np.array([channel_step(c) for c in channels], dtype=np.float32)[:, None, None]
     entries: dict[str, dict[str, int]] = {}
     start = 0
     with open(temporary / "channels.bin", "wb") as values, open(temporary / "masks.bin", "wb") as bits:
         for glacier_id, path in sorted(cubes.items()):
             with open_cube(path) as cube:
                 stack, valid = channel_stack(cube, channels)
-                packed = (
-                    valid * _VALID
-                    + cube_mask(cube, "any_glacier") * _TARGET
-                    + cube_mask(cube, "zone_50") * _ZONE
-                    + cube_mask(cube, "glacier") * _GLACIER
-                ).astype(np.uint8)
-            np.ascontiguousarray(stack, dtype=np.float32).tofile(values)
+                masks = {"valid": valid} | {name: cube_mask(cube, name) for name in _BITS if name != "valid"}
+            packed = sum(masks[name] * np.uint8(bit) for name, bit in _BITS.items()).astype(np.uint8)  # type: ignore[union-attr]
+            digits = np.clip(np.rint(np.nan_to_num(stack) / steps), -32767, 32767).astype(np.int16)
+            digits[~np.isfinite(stack)] = MISSING
+            digits.tofile(values)
             packed.tofile(bits)
-            entries[glacier_id] = {"height": packed.shape[0], "width": packed.shape[1], "start": start}
+            entries[glacier_id] = {
+                "height": packed.shape[0], "width": packed.shape[1], "start": start,
+                "checksum": zlib.crc32(packed.tobytes(), zlib.crc32(digits.tobytes())),
+            }  # fmt: skip
             start += packed.size
-    (temporary / "packed.json").write_text(json.dumps({"channels": list(channels), "glaciers": entries}), encoding="utf-8")
+    index = {"format": _FORMAT, "channels": list(channels), "glaciers": entries}
+    (temporary / "packed.json").write_text(json.dumps(index), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
     return PackedCubes.open(folder)
-
-
-def patch_centres(zone: np.ndarray, glacier: np.ndarray, step: int, extremes: bool) -> np.ndarray:
-    """Patch centres of a glacier: pixels of its 50 m zone whose row and column are multiples of ``step``.
-
-    With ``extremes`` also the outline's centroid (its nearest pixel) and northern-, southern-, western- and easternmost
-    pixels (Diaconu et al. 2025, section 5). A glacier too small for the grid of centres has at least its centroid.
-
-    Returns
-    -------
-    int array (N, 2) of rows and columns, without repetitions.
-    """
-    rows, cols = np.nonzero(zone)
-    on_grid = (rows % step == 0) & (cols % step == 0)
-    found = [np.stack([rows[on_grid], cols[on_grid]], axis=1)]
-    inside = np.argwhere(glacier)
-    if len(inside) and (extremes or not on_grid.any()):
-        middle = inside[((inside - inside.mean(axis=0)) ** 2).sum(axis=1).argmin()]
-        picks = [middle]
-        if extremes:
-            picks += [inside[k] for k in (inside[:, 0].argmin(), inside[:, 0].argmax(), inside[:, 1].argmin(), inside[:, 1].argmax())]
-        found.append(np.array(picks))
-    return np.unique(np.concatenate(found), axis=0)

@@ -34,12 +34,22 @@ class UpstreamError(RuntimeError):
     """Something that a stage reads is missing or is not what it expects. The message says what to materialize."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Site:
-    """Region and store: all that a task in another process needs. Small and picklable."""
+    """Region and store: all that a task in another process needs. Small, picklable, and usable as a cache key."""
 
     region: Region
     root: str
+
+    @functools.cached_property
+    def key(self) -> tuple[str, str]:
+        return self.region.fingerprint(), self.root
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Site) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
 
     @property
     def storage(self) -> Storage:

@@ -54,7 +54,12 @@ def inventory_outlines(ws: Workspace, *, force: bool = False) -> StageResult:
         picture = previews.outlines_map(glaciers, title=f"{len(glaciers)} glaciers")
         return frame_fingerprint(glaciers), metadata, {"outlines": picture}
 
-    inputs = {"file": source, "settings": ws.region.fingerprint("inventory")}
+    footprints = sorted({p for pattern in settings.model_within for p in ws.data_root.glob(pattern)})
+    inputs = {
+        "file": source,
+        "footprints": [file_fingerprint(p) for p in footprints],
+        "settings": ws.region.fingerprint("inventory"),
+    }
     return run_stage(ws, "inventory_outlines", "all", inputs, work, force=force)
 
 

@@ -48,7 +48,7 @@ def grow_ice(
     h = np.zeros(bed.shape, np.float32) if thickness is None else thickness.astype(np.float32).copy()
     dt = 0.21 * cell_m**2 / fastest
     steps = int(years / dt)
-    flow, slide = np.float32(_FLOW), np.float32(3.0e-4)
+    flow, slide = np.float32(5.0 * _FLOW), np.float32(1.5e-3)
     balance = balance_of(bed + h)
     for step in range(steps):
         if step % max(1, int(4.0 / dt)) == 0:

@@ -72,7 +72,7 @@ def cast_shadow(surface: F32, pixel_m: float, azimuth: float, elevation: float, 
     e, n, _ = sun_vector(azimuth, 0.0)
     fall = np.float32(step_m * math.tan(math.radians(elevation)))
     reach = int(min((coarse.max() - coarse.min()) / fall + 2, math.hypot(*coarse.shape)))
-    # Height of the shadow plane above each cell. Doubling: what k steps see, seen from k steps away, is 2 k steps.
+    # Height of the highest shadow plane at each cell.
     top = np.full(coarse.shape, -1e4, np.float32)
     rows, cols = coarse.shape
     for k in range(1, reach + 1):
@@ -86,13 +86,14 @@ def cast_shadow(surface: F32, pixel_m: float, azimuth: float, elevation: float, 
     rows_f = (np.arange(surface.shape[0], dtype=np.float32) + 0.5) / factor - 0.5
     cols_f = (np.arange(surface.shape[1], dtype=np.float32) + 0.5) / factor - 0.5
     top = ndimage.gaussian_filter(np.maximum(top, coarse - 400), 0.7)
-    fine = _bilinear(top, rows_f, cols_f)
+    fine = bilinear(top, rows_f, cols_f)
     soft = np.float32(pixel_m * math.tan(math.radians(elevation)) * 1.5)
     out: F32 = np.clip(0.5 - (fine - surface) / (2 * soft), 0, 1)
     return out
 
 
-def _bilinear(field: F32, rows: NDArray[np.float32], cols: NDArray[np.float32]) -> F32:
+def bilinear(field: F32, rows: NDArray[np.float32], cols: NDArray[np.float32]) -> F32:
+    """Values at the fractional positions ``rows`` x ``cols`` of a grid, its edge repeated outside."""
     r = np.clip(rows, 0, field.shape[0] - 1)
     c = np.clip(cols, 0, field.shape[1] - 1)
     r0, c0 = np.minimum(r.astype(int), field.shape[0] - 2), np.minimum(c.astype(int), field.shape[1] - 2)

@@ -173,7 +173,7 @@ def coarsen(field: NDArray[np.floating], factor: int) -> F32:
 
 
 def fractal_terrain(
-    shape: tuple[int, int], rng: np.random.Generator, *, lowest_m: float = 1450.0, highest_m: float = 3700.0
+    shape: tuple[int, int], rng: np.random.Generator, *, lowest_m: float = 1450.0, highest_m: float = 3650.0
 ) -> tuple[F32, F32]:
     """An alpine range across the grid, valleys draining to the north and south.
 
@@ -187,6 +187,9 @@ def fractal_terrain(
     bed : float32 (H, W) elevation in metres at 10 m
     ridge_row : float32 (W,) row of the main ridge in each column
     """
+    # The fixed outlets lie outside: the edge of a model is not a landscape.
+    cut, wanted = 80, shape
+    shape = (shape[0] + 2 * cut, shape[1] + 2 * cut)
     coarse = (math.ceil(shape[0] / 8), math.ceil(shape[1] / 8))
     row = np.arange(coarse[0], dtype=np.float32)[:, None]
     col = np.arange(coarse[1], dtype=np.float32)[None, :]
@@ -196,7 +199,7 @@ def fractal_terrain(
     ends = np.minimum(col, coarse[1] - 1 - col) / coarse[1]
     uplift = np.exp(-((away / 0.30) ** 2)) * (0.45 + 0.55 * np.clip(ends / 0.22, 0, 1)) + 0.06
     uplift = uplift * np.exp(0.22 * fractal_noise(coarse, rng, beta=3.0, longest_px=40))
-    start = 170.0 * fractal_noise(coarse, rng, beta=3.0, longest_px=60) + 420.0 * np.exp(-((away / 0.25) ** 2)) + 200.0
+    start = 190.0 * fractal_noise(coarse, rng, beta=2.6, longest_px=26) + 380.0 * np.exp(-((away / 0.25) ** 2)) + 200.0
     outlets = np.zeros(coarse, bool)
     outlets[[0, -1], :] = True
     start[outlets] = 0.0
@@ -208,14 +211,14 @@ def fractal_terrain(
         erodibility=0.03,
         outlets=outlets,
         hillslope=0.02,
-        steepest=0.8,
+        steepest=0.7,
     )
     # Ice has widened the valleys: the more a cell drains, the more its surroundings are levelled out.
     upstream = accumulate(drainage(z, outlets), np.full(z.size, 0.0064)).reshape(coarse)
-    trunk = ndimage.gaussian_filter((upstream > 0.6).astype(np.float32), 2.2)
+    trunk = ndimage.gaussian_filter((upstream > 0.3).astype(np.float32), 1.8)
     weight = np.clip(2.2 * trunk, 0, 1)
-    z = z + weight * (ndimage.gaussian_filter(z, 2.6) - z) * 0.75
-    z = 0.6 * z + 0.4 * ndimage.gaussian_filter(z, 1.0)
+    z = z + weight * (ndimage.gaussian_filter(z, 2.2) - z) * 0.85
+    z = 0.75 * z + 0.25 * ndimage.gaussian_filter(z, 1.0)
     low, high = np.percentile(z, 1), z.max()
     z = lowest_m + (z - low) * (highest_m - lowest_m) / (high - low)
 
@@ -243,4 +246,5 @@ def fractal_terrain(
         + 8.0 * np.abs(fractal_noise(shape, rng, beta=3.0, longest_px=40))
     )
     ridge_row = np.interp(np.arange(shape[1]), np.arange(coarse[1]) * 8 + 3.5, crest * 8 + 3.5)
-    return bed.astype(np.float32), ridge_row.astype(np.float32)
+    inner = bed[cut : cut + wanted[0], cut : cut + wanted[1]]
+    return np.ascontiguousarray(inner, np.float32), (ridge_row[cut : cut + wanted[1]] - cut).astype(np.float32)

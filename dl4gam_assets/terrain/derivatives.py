@@ -29,10 +29,10 @@ def terrain_derivatives(dem: np.ndarray, pixel_m: float, sigma: float = 1.0) -> 
     Derivatives are made by xdem: slope and aspect after Horn (1981, doi:10.1109/PROC.1981.11918), curvatures after
     Zevenbergen and Thorne (1987, doi:10.1002/esp.3290120107), ruggedness after Riley et al. (1999).
 
-    Curvatures are second derivatives of elevation across and along the slope, as the xdem of the published models (before
-    0.2) defined them: planform curvature is positive on ridges and negative in gullies, profile curvature is positive
-    where the slope gets gentler downhill (concave), both 0 on flat ground. What newer versions of xdem call planform
-    curvature is divided by the slope and grows without bound on flat ground: another quantity.
+    Curvatures are second derivatives of elevation across and along the slope, as xdem defined them when the published
+    models were made (before 0.2): planform curvature is positive on ridges and negative in gullies, profile curvature
+    is positive where the slope gets gentler downhill (concave), both 0 on flat ground. What newer versions of xdem call
+    planform curvature is divided by the slope and grows without bound on flat ground: another quantity.
 
     Missing elevations are filled with the nearest one before, and are NaN in all layers again at the end. The outermost
     pixels repeat the nearest inner ones.
@@ -56,7 +56,7 @@ def terrain_derivatives(dem: np.ndarray, pixel_m: float, sigma: float = 1.0) -> 
     import xdem
 
     if min(dem.shape) <= 2 * _EDGE:
-        raise ValueError(f"elevation grid of {dem.shape} pixels: derivatives need at least {2 * _EDGE + 1} on each side")
+        raise ValueError(f"elevation grid of {dem.shape} pixels is too small: at least {2 * _EDGE + 1} on each side")
     missing = ~np.isfinite(dem)
     if missing.all():
         return {name: np.full(dem.shape, np.nan, dtype=np.float32) for name in DERIVATIVES}

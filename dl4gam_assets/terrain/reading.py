@@ -79,7 +79,7 @@ def _warp(path: Path, geobox: GeoBox, nodata: float | None) -> np.ndarray:
                 resampling=Resampling.bilinear,
             )
     except RasterioError as error:
-        raise OSError(f"elevation file {path} can not be read onto {geobox.crs.epsg}: {error}") from error
+        raise OSError(f"elevation file {path} can not be read: {error}") from error
     return out
 
 

@@ -166,9 +166,8 @@ def test_files_that_can_not_be_used_say_what_to_do(tmp_path: Path) -> None:
 
 
 def test_real_rgi_outlines(real_data: Path) -> None:
-    settings = InventorySettings(
-        path="unused", layer="rgi7_hef_complex", columns=InventoryColumns(glacier_id="rgi_id", date="src_date", area_km2="area_km2")
-    )  # fmt: skip
+    columns = InventoryColumns(glacier_id="rgi_id", date="src_date", area_km2="area_km2")
+    settings = InventorySettings(path="unused", layer="rgi7_hef_complex", columns=columns)
     glaciers, rejected = read_inventory(real_data / "oetztal" / "outlines.gpkg", settings)
     assert len(glaciers) == 23 and not len(rejected)
     assert set(glaciers["utm_epsg"]) == {32632}

@@ -46,7 +46,8 @@ def test_curvature_signs_and_sizes() -> None:
     assert ridge["planform_curvature"][middle, middle] == pytest.approx(100.0 / radius, rel=0.01)
     assert gully["planform_curvature"][middle, middle] == pytest.approx(-100.0 / radius, rel=0.01)
     assert ridge["profile_curvature"][middle, middle] == pytest.approx(0.0, abs=1e-3)
-    foot = terrain_derivatives(3000.0 - 0.5 * north + north**2 / (2 * radius), PIXEL, 0.0)  # gentler to the north, downhill
+    # Downhill is north, where it gets gentler.
+    foot = terrain_derivatives(3000.0 - 0.5 * north + north**2 / (2 * radius), PIXEL, 0.0)
     assert foot["profile_curvature"][middle, middle] == pytest.approx(100.0 / radius, rel=0.01)
     assert foot["planform_curvature"][middle, middle] == pytest.approx(0.0, abs=1e-3)
 
@@ -88,7 +89,7 @@ def test_flat_ground_and_ranges() -> None:
 
 
 def test_missing_elevations_stay_missing_and_do_not_spread() -> None:
-    east, north = grid()
+    _, north = grid()
     dem = 3000.0 - 0.5 * north
     whole = terrain_derivatives(dem, PIXEL)
     holed = dem.copy()

@@ -1,0 +1,138 @@
+"""Patches: where they lie, which a member draws, and how they become a batch.
+
+Belongs here: patch centres, draws, cutting, symmetries. Does not belong here: the loop (``training``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+
+from dl4gam_assets.segmentation.normalization import affine
+from dl4gam_assets.segmentation.packing import MISSING, Packed, PackedCubes
+from dl4gam_assets.settings import TrainingSettings
+
+
+def patch_centres(zone: np.ndarray, glacier: np.ndarray, step: int, extremes: bool) -> np.ndarray:
+    """Patch centres of a glacier: pixels of its 50 m zone whose row and column are multiples of ``step``.
+
+    With ``extremes`` also the outline's centroid (its nearest pixel) and northern-, southern-, western- and easternmost
+    pixels (Diaconu et al. 2025, section 5). A glacier too small for the grid of centres has at least its centroid.
+
+    Returns
+    -------
+    int array (N, 2) of rows and columns, without repetitions.
+    """
+    rows, cols = np.nonzero(zone)
+    on_grid = (rows % step == 0) & (cols % step == 0)
+    found = [np.stack([rows[on_grid], cols[on_grid]], axis=1)]
+    inside = np.argwhere(glacier)
+    if len(inside) and (extremes or not on_grid.any()):
+        picks = [((inside - inside.mean(axis=0)) ** 2).sum(axis=1).argmin()]
+        if extremes:
+            picks += [inside[:, 0].argmin(), inside[:, 0].argmax(), inside[:, 1].argmin(), inside[:, 1].argmax()]
+        found.append(inside[picks])
+    return np.unique(np.concatenate(found), axis=0)
+
+
+def draw_patches(packed: PackedCubes, ids: Sequence[str], training: TrainingSettings, seed: int) -> np.ndarray:
+    """Patches of a member: int array (N, 3) of glacier number (in ``ids``), row and column of the centre.
+
+    One random centre of each glacier, then uniformly from all others until ``train_patches``; where there are fewer
+    centres than that, all of them, and with more glaciers than that, one of each.
+    """
+    rng = np.random.default_rng([seed, 0])
+    centres = []
+    for number, glacier_id in enumerate(ids):
+        layers = packed.glacier(glacier_id)
+        found = patch_centres(layers.zone, layers.glacier, training.train_step_px, extremes=True)
+        centres.append(np.column_stack([np.full(len(found), number), found]))
+    everything = np.concatenate(centres) if centres else np.empty((0, 3), dtype=int)
+    starts = np.cumsum([0, *[len(c) for c in centres]])
+    must = [int(starts[i] + rng.integers(len(c))) for i, c in enumerate(centres) if len(c)]
+    rest = np.setdiff1d(np.arange(len(everything)), must)
+    more = rng.permutation(rest)[: max(training.train_patches - len(must), 0)]
+    picked: np.ndarray = everything[np.concatenate([must, more]).astype(int)]
+    return picked
+
+
+@dataclass(frozen=True)
+class Normalizer:
+    """Packed integers to what a network sees, on any device: the same as ``normalize`` of the raw channels."""
+
+    steps: torch.Tensor
+    shift: torch.Tensor
+    scale: torch.Tensor
+    fill: torch.Tensor
+
+    @classmethod
+    def of(cls, packed: PackedCubes, statistics: pd.DataFrame, device: str) -> Normalizer:
+        columns = (packed.steps, *affine(packed.channels, statistics))
+        return cls(*(torch.from_numpy(c).to(device)[:, None, None] for c in columns))
+
+    def __call__(self, digits: torch.Tensor) -> torch.Tensor:
+        """float32 (..., C, H, W) from int16, without NaN."""
+        values = (digits.to(torch.float32) * self.steps - self.shift) / self.scale
+        return torch.where(digits == int(MISSING), self.fill, values)
+
+
+def cut_batch(
+    glaciers: Sequence[Packed], chosen: np.ndarray, training: TrainingSettings, channels: Sequence[str],
+    rng: np.random.Generator,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Patches of ``patch_px`` around the centres ``chosen`` (see :func:`draw_patches`), augmented if so set.
+
+    A patch over the edge of a grid is moved inside; a grid smaller than a patch is padded with invalid pixels.
+
+    Returns
+    -------
+    channels int16 (B, C, P, P), target and valid uint8 (B, 1, P, P)
+    """
+    size = training.patch_px
+    x = np.full((len(chosen), len(channels), size, size), MISSING, dtype=np.int16)
+    y = np.zeros((len(chosen), 1, size, size), dtype=np.uint8)
+    w = np.zeros((len(chosen), 1, size, size), dtype=np.uint8)
+    for k, (number, row, col) in enumerate(chosen):
+        layers = glaciers[number]
+        height, width = layers.bits.shape
+        top = min(max(row - size // 2, 0), max(height - size, 0))
+        left = min(max(col - size // 2, 0), max(width - size, 0))
+        cut = layers.window(slice(top, top + size), slice(left, left + size))
+        patch, target, valid = cut.channels, cut.target, cut.valid
+        if training.augmentation:
+            patch, target, valid = symmetry(patch, target, valid, channels, int(rng.integers(8)))
+        a, b = valid.shape
+        x[k, :, :a, :b], y[k, 0, :a, :b], w[k, 0, :a, :b] = patch, target, valid
+    return torch.from_numpy(x), torch.from_numpy(y), torch.from_numpy(w)
+
+
+def symmetry(
+    patch: np.ndarray, target: np.ndarray, valid: np.ndarray, channels: Sequence[str], which: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One of the 8 symmetries of the square (0: none). Aspect turns with the picture; dh/dt and curvatures are scalars.
+
+    Sine and cosine of the aspect are the eastward and northward part of a unit vector (aspect clockwise from north).
+    Works on floats and on packed integers (``MISSING`` is its own negative in 16 bits).
+    """
+    flip, turns = which >= 4, which % 4
+    names = list(channels)
+    if flip:  # left to right: east becomes west
+        patch, target, valid = patch[..., ::-1], target[..., ::-1], valid[..., ::-1]
+    if turns:  # counter-clockwise by quarter turns
+        patch, target, valid = (np.rot90(a, turns, axes=(-2, -1)) for a in (patch, target, valid))
+    if which and ("sin_aspect" in names or "cos_aspect" in names):
+        if not {"sin_aspect", "cos_aspect"} <= set(names):
+            raise ValueError("augmentation turns the aspect, which needs both sin_aspect and cos_aspect")
+        east, north = names.index("sin_aspect"), names.index("cos_aspect")
+        patch = patch.copy()
+        e, n = patch[east].copy(), patch[north].copy()
+        if flip:
+            e = -e
+        for _ in range(turns):
+            e, n = -n, e
+        patch[east], patch[north] = e, n
+    return patch, target, valid
