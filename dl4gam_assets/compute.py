@@ -136,7 +136,7 @@ class Mapper:
                 n_workers=self.workers,
                 threads_per_worker=1,
                 processes=True,
-                dashboard_address=None,
+                dashboard_address="127.0.0.1:0",  # on loopback, at a free port
                 host="127.0.0.1",
                 silence_logs=logging.ERROR,
             )

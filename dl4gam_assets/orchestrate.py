@@ -154,6 +154,8 @@ def materialize(
                 ))  # fmt: skip
                 if not result.success:
                     outcome.failed += _failures(result)
+                    if any("DagsterExecutionInterruptedError" in text for text in outcome.failed):
+                        raise KeyboardInterrupt
             seconds = time.perf_counter() - start
             outcome.timings.append(
                 Timing(family, names, count * len(names), seconds, _stage_seconds(storage, names, before))

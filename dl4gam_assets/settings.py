@@ -194,7 +194,7 @@ class SelectionSettings(_Strict):
     single_tile_coverage: float = Field(0.98, description="A tile covering this share is taken alone, not mosaicked.")
     min_clean_pixels: int = Field(30, ge=1)
     ranking: Literal["rank_positions", "min_max"] = "rank_positions"
-    overrides: str | None = Field(None, description="CSV: glacier_id, year, date (a date, or 'reject').")
+    overrides: str | None = Field(None, description="CSV below data_root (or package:NAME): glacier_id, year, date (or 'reject').")
 
 
 class ImagerySettings(_Strict):

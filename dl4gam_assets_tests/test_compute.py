@@ -52,7 +52,7 @@ def test_a_dead_worker_loses_only_its_task() -> None:
 def test_a_scheduler_by_address_serves_the_same_map() -> None:
     from distributed import LocalCluster
 
-    with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster:
+    with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0") as cluster:
         mapper = Mapper(scheduler=cluster.scheduler_address)
         done = {d.key: d.value for d in mapper.map(_reciprocal, [(str(x), (x,)) for x in (1, 2, 4)])}
     assert done == {"1": 1.0, "2": 0.5, "4": 0.25}

@@ -69,7 +69,7 @@ def write_cube(cube: xr.Dataset, path: Path) -> None:
                 clean[name].attrs.pop("grid_mapping", None)
                 clean[name].encoding["grid_mapping"] = "spatial_ref"
                 encoding[str(name)]["grid_mapping"] = "spatial_ref"
-    clean.to_netcdf(path, engine="h5netcdf", encoding=encoding)
+    clean.to_netcdf(path, engine="netcdf4", encoding=encoding)
 
 
 def _chunk(size: int) -> int:
@@ -88,7 +88,7 @@ def open_cube(path: Path) -> xr.Dataset:
     import odc.geo.xr  # noqa: F401  registers the accessor `.odc`
 
     try:
-        return xr.open_dataset(path, engine="h5netcdf", decode_coords="all")
+        return xr.open_dataset(path, engine="netcdf4", decode_coords="all")
     except FileNotFoundError:
         raise
     except OSError as error:

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pystac
 import rasterio.features
+import rasterio.warp
 import shapely
 
 from dl4gam_assets.imagery.catalogs import CatalogError, SceneCatalog, group_by_day, item_checksums
@@ -72,7 +73,7 @@ def candidates_of_glacier(
     grid = glacier_grid(glacier["geometry"], int(glacier["utm_epsg"]), imagery.sensor.pixel_m, imagery.margin_m)
     date = glacier["inventory_date"]
     known = None if pd.isna(date) else pd.Timestamp(date).date()
-    box = tuple(grid.geographic_extent.boundingbox)
+    box = rasterio.warp.transform_bounds(str(grid.crs), "EPSG:4326", *grid.boundingbox)
     items: dict[str, pystac.Item] = {}
     for start, end in search_periods(year, known, imagery, region.years.baseline):
         items |= {item.id: item for item in catalog.search(box, start, end)}

@@ -41,7 +41,7 @@ def rank_candidates(frame: pd.DataFrame, settings: SelectionSettings) -> pd.Data
     -------
     The frame with the columns ``rank`` (null: not acceptable) and ``score`` (lower is better).
     """
-    out = frame.copy()
+    out = frame.reset_index(drop=True)
     out["rank"] = pd.Series(pd.NA, index=out.index, dtype="Int64")
     out["score"] = np.nan
     if not len(out):

@@ -74,9 +74,8 @@ def read_inventory(path: Path, settings: InventorySettings) -> tuple[gpd.GeoData
                 (glacier_id[:60] + "...", f"the id has {len(glacier_id)} characters (at most 150)", "BadId")
             )
         elif glacier_id in seen:
-            rejected.append(
-                (glacier_id, f"the id occurs again in row {row + 1}; only the first is used", "DuplicateId")
-            )
+            why = f"the id occurs again in row {row + 1}; only the first is used: dissolve the parts of a glacier by id"
+            rejected.append((glacier_id, why, "DuplicateId"))
         elif usable is None:
             rejected.append((glacier_id, f"{why}; mend the outline in {path.name}", kind))
         else:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime as dt
 import functools
+from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -109,7 +111,7 @@ def selected_scenes(ws: Workspace, year: int, *, force: bool = False) -> StageRe
 
     label = str(year)
     selection = ws.region.imagery.selection
-    override_file = ws.data_root / selection.overrides if selection.overrides else None
+    override_file = _override_file(ws)
 
     def work() -> tuple[str, dict[str, Any], dict[str, bytes]]:
         glaciers = ws.storage.read_table("glaciers")
@@ -142,6 +144,16 @@ def selected_scenes(ws: Workspace, year: int, *, force: bool = False) -> StageRe
         "overrides": file_fingerprint(override_file) if override_file is not None else None,
     }
     return run_stage(ws, "selected_scenes", label, inputs, work, force=force)
+
+
+def _override_file(ws: Workspace) -> Path | None:
+    """The override file of the region: below data_root, or shipped with the package (``package:NAME``)."""
+    name = ws.region.imagery.selection.overrides
+    if name is None:
+        return None
+    if name.startswith("package:"):
+        return Path(str(resources.files("dl4gam_assets") / "regions" / name.removeprefix("package:")))
+    return ws.data_root / name
 
 
 def _no_image(scenes: pd.DataFrame, glacier_id: str, year: int) -> str:

@@ -62,6 +62,7 @@ def report(ws: Workspace, year: int, *, force: bool = False) -> StageResult:
         return utc_now().isoformat(), {"path": str(path), "size_bytes": path.stat().st_size}, {}
 
     inputs = {
+        "year": ws.upstream("regional_change", str(year)),
         "region": {y: ws.upstream_or_none("regional_change", str(y)) for y in range(ws.region.years.first, year + 1)},
         "outlines": ws.upstream("glacier_outlines", str(year)),
         "evaluation": {f: ws.upstream_or_none("evaluation", fold_label(f)) for f in range(1, ws.region.folds.n + 1)},

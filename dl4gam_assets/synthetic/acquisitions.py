@@ -38,7 +38,7 @@ def plan_acquisitions(years: Sequence[int], rng: np.random.Generator, *, dates_p
 
     Each year has two clear late-summer dates between 8 August and 20 September: in every second year the first is
     cloudy in the west and the second in the east, so that no date is the best for all glaciers; otherwise one of them
-    is clear everywhere. Then a date in July or early August with much old snow, a cloudy one, and one of late
+    is clear everywhere. Then a date in July or early August with much old snow, in every second year a cloudy one, and one of late
     September or October with fresh snow and a low sun. One date of each third year reaches one tile only in part.
     """
     plan = []
@@ -54,7 +54,7 @@ def plan_acquisitions(years: Sequence[int], rng: np.random.Generator, *, dates_p
         split = k % 2 == 1
         whole = "clean_b" if rng.random() < 0.6 else "clean_a"
         for name, day in sorted(days.items(), key=lambda item: item[1]):
-            if dates_per_year < 5 and name == "cloudy":
+            if name == "cloudy" and (dates_per_year < 5 or k % 2):
                 continue
             moment = dt.datetime(day.year, day.month, day.day, 10, int(rng.integers(8, 22)), int(rng.integers(0, 60)), tzinfo=dt.UTC)
             some = float(rng.uniform(0.25, 0.6))
@@ -63,6 +63,7 @@ def plan_acquisitions(years: Sequence[int], rng: np.random.Generator, *, dates_p
             if name == "summer":
                 snowline, patches = -170 + late, -120 + 0.5 * late
                 west, east = (some * 0.5, some * 0.15) if rng.random() < 0.5 else (0.0, some * 0.4)
+                tiles = (("west", "east"), ("west",), ("east",))[int(rng.integers(0, 3))]
             elif name == "clean_a":
                 snowline, patches = 0 + late, 150 + late
                 if split:
@@ -79,13 +80,13 @@ def plan_acquisitions(years: Sequence[int], rng: np.random.Generator, *, dates_p
             elif name == "cloudy":
                 snowline, patches = 30 + late, 190 + late
                 west, east = float(rng.uniform(0.5, 0.9)), float(rng.uniform(0.45, 0.9))
-                tiles = ("west", "east") if k % 3 else ("west",)
+                tiles = ("west",) if k % 4 else ("west", "east")
             else:
                 snowline, patches = 40 + late, 230 + late
                 fresh = float(rng.uniform(-750, -250))
                 west, east = (some * 0.3, 0.0) if rng.random() < 0.4 else (0.0, 0.0)
                 cut = "east" if k % 3 == 1 else None
-                tiles = ("east", "west") if k % 4 else ("east",)
+                tiles = ("west", "east") if k % 3 else ("east",)
             kind = "clean" if name.startswith("clean") else name
             plan.append(Acquisition(
                 moment, kind, west, east, snowline, patches, fresh, float(abs(rng.normal(0, 0.004))), cut, tiles,

@@ -19,7 +19,7 @@ _FLOW = 2.0 / 5.0 * 2.4e-24 * 3.156e7 * (900.0 * 9.81) ** 3
 def mass_balance(surface: F32, insolation: F32, concavity: F32, slope: F32, *, ela_m: float) -> F32:
     """Climatic mass balance in m ice a year.
 
-    A gradient of 0.007 a year below and half of it above the equilibrium line, at most 1.4 m a year. The equilibrium
+    A gradient of 0.007 a year below and half of it above the equilibrium line, at most 1.1 m a year. The equilibrium
     line is lower where the sun is weak and where drift and avalanches gather snow (``concavity``, metres that the
     surroundings stand higher), and steep walls hold no snow.
     """
@@ -27,7 +27,7 @@ def mass_balance(surface: F32, insolation: F32, concavity: F32, slope: F32, *, e
     above = surface - line
     balance = np.where(above > 0, 0.0042 * above, 0.007 * above)
     bare = np.clip((slope - 0.72) / 0.3, 0, 1)
-    out: F32 = np.clip(balance, -7.0, 1.4).astype(np.float32) * (1 - bare) - 1.2 * bare
+    out: F32 = np.clip(balance, -7.0, 1.1).astype(np.float32) * (1 - bare) - 1.2 * bare
     return out
 
 
@@ -48,7 +48,7 @@ def grow_ice(
     h = np.zeros(bed.shape, np.float32) if thickness is None else thickness.astype(np.float32).copy()
     dt = 0.21 * cell_m**2 / fastest
     steps = int(years / dt)
-    flow, slide = np.float32(5.0 * _FLOW), np.float32(1.5e-3)
+    flow, slide = np.float32(8.0 * _FLOW), np.float32(1.5e-3)
     balance = balance_of(bed + h)
     for step in range(steps):
         if step % max(1, int(4.0 / dt)) == 0:
@@ -74,7 +74,7 @@ def grow_ice(
     return out
 
 
-def divide_ice(surface: F32, ice: NDArray[np.bool_], *, cell_m: float, reach_m: float = 320.0, smallest_km2: float = 0.06) -> NDArray[np.int32]:
+def divide_ice(surface: F32, ice: NDArray[np.bool_], *, cell_m: float, reach_m: float = 320.0, smallest_km2: float = 0.09) -> NDArray[np.int32]:
     """Glaciers from an ice mask: ice that leaves by the same way is one glacier (after Kienholz et al. 2013,
     doi:10.3189/2013JoG12J138).
 

@@ -129,7 +129,7 @@ def _glaciers(bed: F32, rng: np.random.Generator, cover: float) -> tuple[F32, F3
     ice = _fill_small_holes(ice, 60)
     label40 = divide_ice(ndimage.gaussian_filter(bed40 + h40, 1.0) + 2.5 * wobble, coarsen(ice.astype(np.float32), 4) > 0.3, cell_m=40.0)
     label = _spread_labels(label40, ice, 4)
-    label = _drop_small(label, smallest_px=110)
+    label = _drop_small(label, smallest_px=260)
     ice = label > 0
     surface = np.where(ice, np.maximum(bed + thickness, bed), bed).astype(np.float32)
     # Ice is smooth; its edge is not a step.
@@ -199,15 +199,19 @@ def _drop_small(label: NDArray[np.int32], smallest_px: int) -> NDArray[np.int32]
         parts[box][piece > 0] = piece[piece > 0] + n
         n += count
     size = np.bincount(parts.ravel(), minlength=n + 1)
-    boxes = ndimage.find_objects(parts)
     for i in np.argsort(size[1:]) + 1:
         if size[i] == 0 or size[i] >= smallest_px:
             continue
-        box = tuple(slice(max(s.start - 1, 0), s.stop + 1) for s in boxes[i - 1])
-        here = parts[box] == i
-        ring = parts[box][ndimage.binary_dilation(here) & ~here]
-        ring = ring[(ring > 0) & (ring != i)]
-        parts[box][here] = np.bincount(ring).argmax() if len(ring) else 0
+        here = parts == i
+        where = ndimage.find_objects(here.view(np.uint8))[0]
+        box = tuple(slice(max(s.start - 1, 0), s.stop + 1) for s in where)
+        inner = here[box]
+        ring = parts[box][ndimage.binary_dilation(inner) & ~inner]
+        ring = ring[ring > 0]
+        to = int(np.bincount(ring).argmax()) if len(ring) else 0
+        parts[here] = to
+        size[to] += size[i]
+        size[i] = 0
     ids = np.unique(parts)
     ids = ids[ids > 0]
     out: NDArray[np.int32] = np.where(parts > 0, np.searchsorted(ids, parts) + 1, 0).astype(np.int32)

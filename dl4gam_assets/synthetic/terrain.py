@@ -219,6 +219,8 @@ def fractal_terrain(
     weight = np.clip(2.2 * trunk, 0, 1)
     z = z + weight * (ndimage.gaussian_filter(z, 2.2) - z) * 0.85
     z = 0.75 * z + 0.25 * ndimage.gaussian_filter(z, 1.0)
+    # Cirques have eaten into the crests from both sides: crests stand out sharp above the basins.
+    z = z + 0.5 * np.clip(z - ndimage.gaussian_filter(z, 4.0), 0, None)
     low, high = np.percentile(z, 1), z.max()
     z = lowest_m + (z - low) * (highest_m - lowest_m) / (high - low)
 

@@ -1,0 +1,155 @@
+"""Packed layers are the cube's, and patches lie where they should."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dl4gam_assets.cubes import channel_stack, cube_mask, open_cube
+from dl4gam_assets.segmentation import PackedCubes, normalize, pack_cubes, patch_centres, symmetry
+from dl4gam_assets.segmentation.packing import MISSING, channel_step
+from dl4gam_assets.segmentation.sampling import Normalizer, cut_batch, draw_patches
+from dl4gam_assets.settings import PUBLISHED_CHANNELS
+from dl4gam_assets.terrain import terrain_derivatives
+from dl4gam_assets_tests.segmentation.conftest import CHANNELS, TRAINING, Small
+
+DERIVED = {"ndvi", "ndwi", "ndsi", "sin_aspect", "cos_aspect"}
+
+
+def test_layers_of_the_cube_come_back_exactly_and_derived_ones_to_their_step(small: Small) -> None:
+    for glacier_id, path in small.cubes.items():
+        with open_cube(path) as cube:
+            stack, valid = channel_stack(cube, CHANNELS)
+            layers = small.packed.glacier(glacier_id)
+            np.testing.assert_array_equal(layers.valid, valid)
+            np.testing.assert_array_equal(layers.target, cube_mask(cube, "any_glacier"))
+            np.testing.assert_array_equal(layers.zone, cube_mask(cube, "zone_50"))
+            np.testing.assert_array_equal(layers.glacier, cube_mask(cube, "glacier"))
+        back = small.packed.stack(glacier_id)
+        np.testing.assert_array_equal(np.isnan(back), np.isnan(stack))
+        for i, channel in enumerate(CHANNELS):
+            tolerance = channel_step(channel) * 0.51 if channel in DERIVED else 2e-6 * np.nanmax(np.abs(stack[i]))
+            np.testing.assert_allclose(back[i], stack[i], rtol=0, atol=tolerance, err_msg=channel)
+
+
+def test_what_the_network_sees_in_training_is_what_it_sees_in_inference(small: Small) -> None:
+    with open_cube(small.cubes["G0"]) as cube:
+        stack, _ = channel_stack(cube, CHANNELS)
+    expected = normalize(stack, CHANNELS, small.statistics)
+    digits = torch.from_numpy(np.array(small.packed.glacier("G0").channels))
+    seen = Normalizer.of(small.packed, small.statistics, "cpu")(digits).numpy()
+    assert np.isfinite(seen).all()
+    np.testing.assert_allclose(seen, expected, atol=2e-4)
+
+
+def test_every_published_channel_has_a_step() -> None:
+    assert all(0 < channel_step(c) <= 0.5 for c in PUBLISHED_CHANNELS)
+
+
+def test_checksums_tell_layers_apart(small: Small, tmp_path: Path) -> None:
+    again = pack_cubes(small.cubes, CHANNELS, tmp_path / "again")
+    assert [again.checksum(g) for g in again.ids] == [small.packed.checksum(g) for g in small.packed.ids]
+    swapped = pack_cubes({"G0": small.cubes["G1"]}, CHANNELS, tmp_path / "again")
+    assert swapped.ids == ["G0"] and swapped.checksum("G0") == small.packed.checksum("G1") != again.checksum("G0")
+
+
+def test_refusals(small: Small, tmp_path: Path) -> None:
+    with pytest.raises(KeyError, match="nowhere is not among the 4 packed"):
+        small.packed.glacier("nowhere")
+    with pytest.raises(ValueError, match="no cubes"):
+        pack_cubes({}, CHANNELS, tmp_path / "empty")
+    copy = shutil.copytree(small.folder / "packed", tmp_path / "copy")
+    index = json.loads((copy / "packed.json").read_text())
+    (copy / "packed.json").write_text(json.dumps(index | {"format": 1}))
+    with pytest.raises(ValueError, match="another version; delete it"):
+        PackedCubes.open(copy)
+    (copy / "packed.json").unlink()
+    with pytest.raises(FileNotFoundError):
+        PackedCubes.open(copy)
+
+
+# --------------------------------------------------------------------------------------------- patches
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.booleans())
+def test_centres_lie_in_the_zone_on_the_grid_or_at_the_named_points(seed: int, step: int, extremes: bool) -> None:
+    rng = np.random.default_rng(seed)
+    zone = np.zeros((60, 70), bool)
+    r, c = rng.integers(0, 40, 2)
+    zone[r : r + rng.integers(1, 20), c : c + rng.integers(1, 30)] = True
+    glacier = zone.copy()
+    glacier[: r + 1] = glacier[: r + 1] & (rng.random() < 0.5)
+    found = patch_centres(zone, glacier, step, extremes)
+    expected = {(i, j) for i, j in np.argwhere(zone) if i % step == 0 and j % step == 0}
+    assert len({tuple(p) for p in found}) == len(found)
+    assert expected <= {tuple(p) for p in found}
+    extra = {tuple(p) for p in found} - expected
+    assert all(glacier[p] for p in extra) and len(extra) <= 5
+    if glacier.any():
+        assert len(found)
+        if extremes:
+            rows, cols = np.nonzero(glacier)
+            assert {rows.min(), rows.max()} <= set(found[:, 0]) and {cols.min(), cols.max()} <= set(found[:, 1])
+
+
+def test_every_glacier_has_a_patch_and_seeds_differ(small: Small) -> None:
+    ids = small.packed.ids
+    first = draw_patches(small.packed, ids, TRAINING, seed=1)
+    assert len(first) == TRAINING.train_patches == len(np.unique(first, axis=0))
+    assert set(first[:, 0]) == {0, 1, 2, 3}
+    np.testing.assert_array_equal(first, draw_patches(small.packed, ids, TRAINING, seed=1))
+    assert not np.array_equal(first, draw_patches(small.packed, ids, TRAINING, seed=2))
+    few = draw_patches(small.packed, ids, TRAINING.model_copy(update={"train_patches": 2}), seed=1)
+    assert sorted(few[:, 0]) == [0, 1, 2, 3]
+    every = draw_patches(small.packed, ids, TRAINING.model_copy(update={"train_patches": 10**6}), seed=1)
+    count = sum(
+        len(patch_centres(small.packed.glacier(g).zone, small.packed.glacier(g).glacier, 16, True)) for g in ids
+    )
+    assert len(every) == count
+
+
+def test_patches_are_moved_inside_and_padded_as_invalid(small: Small) -> None:
+    plain = TRAINING.model_copy(update={"augmentation": False})
+    glaciers = [small.packed.glacier(g) for g in small.packed.ids]
+    rng = np.random.default_rng(0)
+    x, y, w = cut_batch(glaciers, np.array([[0, 0, 0], [0, 48, 56], [3, 30, 30]]), plain, CHANNELS, rng)
+    large, tiny = glaciers[0], glaciers[3]
+    np.testing.assert_array_equal(x[0], large.channels[:, :64, :64])
+    np.testing.assert_array_equal(y[1, 0], large.target[16:80, 24:88])
+    np.testing.assert_array_equal(w[2, 0, :60, :58], tiny.valid)
+    assert not w[2, 0, 60:].any() and not w[2, 0, :, 58:].any() and (x[2, :, 60:] == int(MISSING)).all()
+
+
+@pytest.mark.parametrize("which", range(8))
+def test_terrain_of_a_turned_surface_is_the_turned_terrain(which: int) -> None:
+    """Slope and curvature follow as scalars, the aspect as a vector: against the derivatives of the turned DEM itself."""
+    rows, cols = np.mgrid[:48, :48].astype(np.float32)
+    dem = (40 * np.sin(rows / 9) + 60 * np.cos(cols / 13) + rows * 3 - cols + 0.01 * rows * cols).astype(np.float32)
+    names = ["sin_aspect", "cos_aspect", "slope", "profile_curvature"]
+
+    def channels(surface: np.ndarray) -> np.ndarray:
+        d = terrain_derivatives(surface, 10.0)
+        aspect = np.deg2rad(d["aspect"])
+        return np.stack([np.sin(aspect), np.cos(aspect), d["slope"], d["profile_curvature"]])
+
+    none = np.zeros(dem.shape, bool)
+    turned_dem = np.rot90(dem[:, ::-1] if which >= 4 else dem, which % 4)
+    expected = channels(np.ascontiguousarray(turned_dem))
+    got, _, _ = symmetry(channels(dem), none, none, names, which)
+    inner = (slice(None), slice(3, -3), slice(3, -3))
+    np.testing.assert_allclose(got[inner], expected[inner], atol=2e-3)
+
+
+def test_symmetries_keep_missing_integers_and_need_both_parts_of_the_aspect() -> None:
+    patch = np.full((2, 4, 4), MISSING)
+    mask = np.ones((4, 4), bool)
+    for which in range(8):
+        assert (symmetry(patch, mask, mask, ["sin_aspect", "cos_aspect"], which)[0] == MISSING).all()
+    with pytest.raises(ValueError, match="both sin_aspect and cos_aspect"):
+        symmetry(patch, mask, mask, ["sin_aspect", "dem"], 1)

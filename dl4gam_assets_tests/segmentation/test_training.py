@@ -1,0 +1,158 @@
+"""Training: it learns, is decided by its seed, and goes on after a kill as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dl4gam_assets.segmentation import TrainedMember, TrainingError, pack_cubes, train_member
+from dl4gam_assets.segmentation.training import learning_rate
+from dl4gam_assets.settings import TrainingSettings
+from dl4gam_assets_tests.segmentation.conftest import CHANNELS, MODEL, TRAINING, Small
+
+TRAIN, VALID = ["G0", "G2", "G3"], ["G1"]
+
+
+def _train(
+    small: Small, work: Path, seed: int = 3, training: TrainingSettings = TRAINING, **other: object
+) -> TrainedMember:
+    options = {"train_ids": TRAIN, "valid_ids": VALID} | other
+    return train_member(
+        small.packed, statistics=small.statistics, model_settings=MODEL, training=training, seed=seed, device="cpu",
+        work_dir=work, threads=1, **options,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def _same(first: TrainedMember, second: TrainedMember) -> bool:
+    return first.state.keys() == second.state.keys() and all(
+        torch.equal(v, second.state[k]) for k, v in first.state.items()
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(small: Small, tmp_path_factory: pytest.TempPathFactory) -> TrainedMember:
+    """An uninterrupted training of seed 3."""
+    return _train(small, tmp_path_factory.mktemp("whole"))
+
+
+def test_it_learns_and_keeps_the_best_epoch(whole: TrainedMember) -> None:
+    history = whole.history
+    assert history["epoch"].tolist() == [1, 2, 3, 4]
+    assert history["train_loss"].iloc[-1] < 0.7 * history["train_loss"].iloc[0]
+    assert whole.validation_iou == history["validation_iou"].max() > 0.8
+    assert whole.best_epoch == history.loc[history["validation_iou"].idxmax(), "epoch"]
+    assert whole.train_patches == 24 and whole.parameters > 10_000
+
+
+def test_the_seed_decides_everything(small: Small, whole: TrainedMember, tmp_path: Path) -> None:
+    torch.rand(7)  # what was drawn before has no say, nor is the caller's generator disturbed
+    before = torch.get_rng_state()
+    again = _train(small, tmp_path / "a", train_ids=TRAIN[::-1])
+    assert torch.equal(before, torch.get_rng_state())
+    assert _same(again, whole) and again.history.drop(columns="seconds").equals(whole.history.drop(columns="seconds"))
+    short = TRAINING.model_copy(update={"epochs": 1})
+    assert not _same(_train(small, tmp_path / "b", 4, short), _train(small, tmp_path / "c", 5, short))
+
+
+_CHILD = """
+import sys
+from pathlib import Path
+import dl4gam_assets_tests.segmentation.conftest as c
+from dl4gam_assets.segmentation import PackedCubes, train_member
+import pandas as pd
+folder = Path(sys.argv[1])
+train_member(
+    PackedCubes.open(folder / "packed"), ["G0", "G2", "G3"], ["G1"], pd.read_parquet(folder / "statistics.parquet"),
+    c.MODEL, c.TRAINING, seed=3, device="cpu", work_dir=Path(sys.argv[2]), threads=1,
+)
+"""
+
+
+def test_a_killed_training_goes_on_with_the_same_result(small: Small, whole: TrainedMember, tmp_path: Path) -> None:
+    """SIGKILL in the middle of an epoch of a real process, and a half-written state beside: the same bits in the end."""
+    small.statistics.to_parquet(small.folder / "statistics.parquet")
+    work = tmp_path / "work"
+    child = subprocess.Popen([sys.executable, "-c", _CHILD, str(small.folder), str(work)], stderr=subprocess.PIPE)
+    state = work / "state.json"
+    limit = time.monotonic() + 90
+    while not (state.exists() and json.loads(state.read_text())["epoch"] >= 2):
+        assert child.poll() is None, child.stderr and child.stderr.read().decode()[-1500:]
+        assert time.monotonic() < limit, "the training did not reach its second epoch"
+        time.sleep(0.005)
+    os.kill(child.pid, signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    reached = json.loads(state.read_text())["epoch"]
+    assert 2 <= reached < TRAINING.epochs
+    (work / f"state-{reached + 1}.safetensors").write_bytes(b"half")
+    seen: list[int] = []
+    resumed = _train(small, work, progress=lambda row: seen.append(row["epoch"]))
+    assert seen == list(range(reached + 1, TRAINING.epochs + 1))
+    assert _same(resumed, whole)
+    assert resumed.history.drop(columns="seconds").equals(whole.history.drop(columns="seconds"))
+    # A finished training is not trained again.
+    assert _same(_train(small, work, progress=lambda row: seen.append(-1)), whole) and -1 not in seen
+
+
+def test_the_state_of_another_training_is_not_used(small: Small, tmp_path: Path) -> None:
+    short = TRAINING.model_copy(update={"epochs": 1})
+    seen: list[int] = []
+
+    def run(packed_of: Small = small, **other: object) -> TrainedMember:
+        return _train(
+            packed_of, tmp_path / "w", training=short, progress=lambda row: seen.append(row["epoch"]), **other
+        )
+
+    first = run()
+    run()
+    assert seen == [1]
+    run(seed=9)
+    run(seed=9, valid_ids=["G2"])
+    # The same settings on other layers of the same glaciers.
+    swapped = pack_cubes(
+        dict(zip(small.cubes, [*list(small.cubes.values())[1:], small.cubes["G0"]], strict=True)), CHANNELS,
+        tmp_path / "swapped",
+    )  # fmt: skip
+    run(small._replace(packed=swapped), seed=9, valid_ids=["G2"])
+    assert seen == [1] * 4
+    assert _same(run(), first)
+
+
+@pytest.mark.parametrize("damage", ["state.json", "state-1.safetensors", "best-1.safetensors"])
+def test_a_damaged_state_is_a_fresh_start(small: Small, tmp_path: Path, damage: str) -> None:
+    short = TRAINING.model_copy(update={"epochs": 1, "train_patches": 8})
+    first = _train(small, tmp_path, training=short)
+    (tmp_path / damage).write_bytes((tmp_path / damage).read_bytes()[:50])
+    assert _same(_train(small, tmp_path, training=short), first)
+
+
+def test_where_nothing_can_be_validated_the_last_epoch_is_kept(small: Small, tmp_path: Path) -> None:
+    short = TRAINING.model_copy(update={"epochs": 2, "train_patches": 8})
+    trained = _train(small, tmp_path, training=short, valid_ids=[])
+    assert trained.best_epoch == 2 and math.isnan(trained.validation_iou)
+
+
+def test_a_loss_that_is_not_finite_ends_the_training(small: Small, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"lower training.learning_rate"):
+        _train(small, tmp_path, training=TRAINING.model_copy(update={"learning_rate": 1e30, "schedule": "constant"}))
+    with pytest.raises(TrainingError, match="no patch centres"):
+        _train(small, tmp_path, train_ids=[])
+
+
+def test_learning_rates() -> None:
+    constant = TRAINING.model_copy(update={"schedule": "constant"})
+    assert {learning_rate(constant, k, 50) for k in range(50)} == {TRAINING.learning_rate}
+    cycle = [learning_rate(TRAINING, k, 100) for k in range(100)]
+    top = TRAINING.learning_rate
+    assert cycle[0] == pytest.approx(top / 25) and max(cycle) == cycle[30] == pytest.approx(top)
+    assert cycle[-1] < top / 500 and all(cycle[k] <= cycle[k + 1] for k in range(30))
+    assert all(cycle[k] >= cycle[k + 1] for k in range(30, 99))
+    assert all(learning_rate(TRAINING, k, 1) > 0 for k in range(1))
