@@ -70,16 +70,17 @@ def raise_errors(context: dg.AssetExecutionContext, errors: Sequence[tuple[str, 
 def attach(context: dg.AssetExecutionContext, key: str | None, result: StageResult) -> None:
     """Show a stage's metadata and pictures on the materialization."""
     metadata = {name: _value(value) for name, value in result.metadata.items() if value is not None}
-    for title, png in result.previews.items():
-        metadata[title] = picture(png, title)
+    for title, content in result.previews.items():
+        metadata[title] = picture(content, title)
     context.add_asset_metadata(metadata, partition_key=key)
     done = "unchanged" if result.unchanged else "made"
     context.log.info(f"{context.asset_key.to_user_string()} [{result.partition}] {done}: {_short(result.metadata)}")
 
 
-def picture(png: bytes, title: str) -> dg.MarkdownMetadataValue:
-    """A small picture as metadata. It is kept in the event database: stay below a few tens of kilobytes."""
-    return dg.MetadataValue.md(f"![{title}](data:image/png;base64,{base64.b64encode(png).decode()})")
+def picture(content: bytes, title: str) -> dg.MarkdownMetadataValue:
+    """A small PNG or JPEG as metadata. It is kept in the event database: stay below a few tens of kilobytes."""
+    kind = "png" if content.startswith(b"\x89PNG") else "jpeg"
+    return dg.MetadataValue.md(f"![{title}](data:image/{kind};base64,{base64.b64encode(content).decode()})")
 
 
 def _value(value: Any) -> Any:

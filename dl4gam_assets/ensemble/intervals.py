@@ -98,8 +98,8 @@ class TauRule:
     def predict(self, features: pd.DataFrame) -> np.ndarray:
         """tau of each row of ``features`` (columns FEATURES), in [0, maximum]."""
         z = np.full(len(features), self.intercept, dtype=np.float64)
-        for name, weight in self.coefficients.items():
-            z += weight * (features[name].to_numpy(dtype=np.float64) - self.means[name]) / self.scales[name]
+        for name in sorted(self.coefficients):  # in a fixed order, so that sums are equal to the last bit
+            z += self.coefficients[name] * (features[name].to_numpy(dtype=np.float64) - self.means[name]) / self.scales[name]
         tau = self.maximum / (1 + np.exp(-np.clip(z, -30, 30)))
         return np.clip(tau, 0.0, self.maximum)
 
@@ -144,7 +144,8 @@ def fit_tau(features: pd.DataFrame, taus: np.ndarray, settings: CalibrationSetti
     means, scales = x.mean(), x.std(ddof=0)
     scales = scales.where(scales > 1e-9, 1.0)
     design = np.column_stack([np.ones(len(x)), ((x - means) / scales).to_numpy()])
-    fitted = sm.QuantReg(y, design).fit(q=q, max_iter=2000)
+    with np.errstate(divide="ignore", invalid="ignore"):  # of its standard errors, where all taus are equal
+        fitted = sm.QuantReg(y, design).fit(q=q, max_iter=2000)
     if not np.isfinite(fitted.params).all():
         return regional
     weights = dict(zip(FEATURES, map(float, fitted.params[1:]), strict=True))

@@ -201,7 +201,7 @@ def _validate(
 ) -> tuple[float, float]:  # fmt: skip
     """Loss and area-weighted IoU over the valid pixels of each glacier's 50 m zone; NaN where there are none."""
     model.eval()
-    settings = InferenceSettings(precision="fp32")
+    settings = InferenceSettings()
     losses, ious, weights = [], [], []
     for glacier_id in ids:
         layers = packed.glacier(glacier_id)

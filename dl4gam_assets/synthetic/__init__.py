@@ -33,7 +33,7 @@ _HOMES = {
     "quicklook": "quicklook",
 }
 
-__all__ = sorted(_HOMES)  # noqa: PLE0605
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -56,7 +56,9 @@ def plan_acquisitions(years: Sequence[int], rng: np.random.Generator, *, dates_p
         for name, day in sorted(days.items(), key=lambda item: item[1]):
             if name == "cloudy" and (dates_per_year < 5 or k % 2):
                 continue
-            moment = dt.datetime(day.year, day.month, day.day, 10, int(rng.integers(8, 22)), int(rng.integers(0, 60)), tzinfo=dt.UTC)
+            moment = dt.datetime(
+                day.year, day.month, day.day, 10, int(rng.integers(8, 22)), int(rng.integers(0, 60)), tzinfo=dt.UTC
+            )
             some = float(rng.uniform(0.25, 0.6))
             west = east = 0.0
             fresh, cut, tiles = None, None, ("west", "east")

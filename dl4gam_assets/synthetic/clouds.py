@@ -45,7 +45,9 @@ def cloud_field(
     pad = math.ceil(max(abs(s) for s in shift)) + 4
     big = (shape[0] + 2 * pad, shape[1] + 2 * pad)
     half = (math.ceil(big[0] / 2), math.ceil(big[1] / 2))
-    noise = 0.96 * fractal_noise(half, rng, beta=3.6, longest_px=150) + 0.28 * fractal_noise(half, rng, beta=2.9, longest_px=24)
+    noise = 0.96 * fractal_noise(half, rng, beta=3.6, longest_px=150) + 0.28 * fractal_noise(
+        half, rng, beta=2.9, longest_px=24
+    )
     noise = ndimage.zoom(noise, 2, order=1)[: big[0], : big[1]]
     # Share -> threshold; a side without clouds has a threshold nothing reaches, a kilometre and a half beyond the middle.
     levels = [float(ndtri(1 - min(max(s, 1e-9), 0.995))) if s > 0 else 7.0 for s in (west, east)]

@@ -91,7 +91,14 @@ def drape_region(
         return world, plan_acquisitions(sorted({baseline_year, *years}), rng, dates_per_year=dates_per_year)
 
     return write_region(
-        folder, parameters, make, seed=seed, years=years, baseline_year=baseline_year, workers=workers, progress=progress
+        folder,
+        parameters,
+        make,
+        seed=seed,
+        years=years,
+        baseline_year=baseline_year,
+        workers=workers,
+        progress=progress,
     )
 
 
@@ -113,7 +120,9 @@ def _world(
     )
     seen = np.bincount(label.ravel(), minlength=len(frame) + 1)[1:]
     if (seen == 0).any():
-        raise ValueError(f"glacier {frame.glacier_id[int(np.argmin(seen))]} is too small for a grid of 10 m, or wholly overlapped")
+        raise ValueError(
+            f"glacier {frame.glacier_id[int(np.argmin(seen))]} is too small for a grid of 10 m, or wholly overlapped"
+        )
     ice = label > 0
     # The real thickness is not known to the simulation: thick inside, thin at margins that are not divides.
     margin = ndimage.distance_transform_edt(ice).astype(np.float32) * 10
@@ -130,7 +139,13 @@ def _world(
     ela = float(np.average([np.median(surface[label == k + 1]) for k in range(len(frame))], weights=area))
     centre = frame.to_crs(4326).total_bounds
     ground = Ground(
-        surface, ela, float(centre[0] + centre[2]) / 2, float(centre[1] + centre[3]) / 2, 10.0, cover, lakes(surface, ice)
+        surface,
+        ela,
+        float(centre[0] + centre[2]) / 2,
+        float(centre[1] + centre[3]) / 2,
+        10.0,
+        cover,
+        lakes(surface, ice),
     ).prepare(ice, rng, streaks)
     table = pd.DataFrame({
         "glacier_id": frame.glacier_id.astype(str),

@@ -30,14 +30,22 @@ import shapely
 import shapely.geometry
 from affine import Affine
 from numpy.typing import NDArray
-from rasterio.crs import CRS
 from rasterio.enums import Resampling
 from scipy import ndimage
 
 from dl4gam_assets.synthetic.acquisitions import Acquisition
 from dl4gam_assets.synthetic.noise import F32, fractal_noise
 from dl4gam_assets.synthetic.retreat import elapsed_share, elevation_change, retreat
-from dl4gam_assets.synthetic.scenes import Bare, Ground, Scene, bare_ground, block_mean, classify, cloud_probability, render
+from dl4gam_assets.synthetic.scenes import (
+    Bare,
+    Ground,
+    Scene,
+    bare_ground,
+    block_mean,
+    classify,
+    cloud_probability,
+    render,
+)
 from dl4gam_assets.synthetic.spectra import BANDS
 
 #: Changes when the same parameters give other files.
@@ -86,7 +94,14 @@ class World:
 
 # --------------------------------------------------------------------------------------------- rasters
 def write_cog(
-    path: Path, data: NDArray[Any], transform: Affine, crs: str, *, nodata: float, description: str, tags: Mapping[str, str]
+    path: Path,
+    data: NDArray[Any],
+    transform: Affine,
+    crs: str,
+    *,
+    nodata: float,
+    description: str,
+    tags: Mapping[str, str],
 ) -> None:
     """One band as a cloud-optimized GeoTIFF."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,7 +124,9 @@ def digital_numbers(reflectance: F32, offset: float, valid: NDArray[np.bool_]) -
 
 
 # --------------------------------------------------------------------------------------------- vectors
-def outlines_of(label: NDArray[np.int32], transform: Affine, crs: str, ids: Sequence[str], *, tolerance_m: float = 9.0) -> gpd.GeoDataFrame:
+def outlines_of(
+    label: NDArray[np.int32], transform: Affine, crs: str, ids: Sequence[str], *, tolerance_m: float = 9.0
+) -> gpd.GeoDataFrame:
     """Polygons of labels 1 to n, without the stairs of pixels; neighbours keep their common border exactly."""
     parts: dict[int, list[shapely.Polygon]] = {}
     for shape, value in rasterio.features.shapes(label, mask=label > 0, connectivity=4, transform=transform):
@@ -132,7 +149,9 @@ def _polygonal(geometry: shapely.Geometry) -> shapely.Geometry:
     return shapely.union_all(parts)
 
 
-def digitizing_noise(frame: gpd.GeoDataFrame, world: World, rng: np.random.Generator, *, std_m: float = 3.3) -> gpd.GeoDataFrame:
+def digitizing_noise(
+    frame: gpd.GeoDataFrame, world: World, rng: np.random.Generator, *, std_m: float = 3.3
+) -> gpd.GeoDataFrame:
     """Outlines moved by a smooth random field, so that common borders stay common.
 
     The field has a standard deviation of ``std_m`` in each direction and wavelengths from about 60 m.
@@ -224,8 +243,18 @@ def _render_item_files(
             offset = -0.1 if when.date >= _OFFSET_SINCE else 0.0
             ident = f"S2{'AB'[when.date.toordinal() % 2]}_{_TILE_NAME[tile]}_{when.date:%Y%m%d}_{baseline.replace('.', '')}_{world.prefix}"
             tags = {"SIMULATED": "yes", "DATE": when.date.isoformat()}
-            facts: dict[str, Any] = {"id": ident, "tile": tile, "baseline": baseline, "generated": generated, "offset": offset}
-            facts |= {"transform": transform, "shape": valid.shape, "footprint": _footprint(valid, transform, world.crs)}
+            facts: dict[str, Any] = {
+                "id": ident,
+                "tile": tile,
+                "baseline": baseline,
+                "generated": generated,
+                "offset": offset,
+            }
+            facts |= {
+                "transform": transform,
+                "shape": valid.shape,
+                "footprint": _footprint(valid, transform, world.crs),
+            }
             assets: dict[str, Path] = {}
             for b, name in enumerate(BANDS):
                 band = scene.reflectance[b] * np.float32(gain)
@@ -355,7 +384,9 @@ def _item(facts: Mapping[str, Any], world: World, folder: Path, here: Path) -> p
                 "spatial_resolution": extra["gsd"],
             }]  # fmt: skip
         else:
-            extra["raster:bands"] = [{"data_type": "uint8", "nodata": 0 if name == "scl" else 255, "spatial_resolution": 20}]
+            extra["raster:bands"] = [
+                {"data_type": "uint8", "nodata": 0 if name == "scl" else 255, "spatial_resolution": 20}
+            ]
         item.add_asset(name, pystac.Asset(
             href=Path(os.path.relpath(path, here)).as_posix(),
             title=f"{name} (simulated)", media_type=pystac.MediaType.COG,
@@ -423,7 +454,9 @@ def write_region(
             shutil.rmtree(old)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    say(f"{summary.n_glaciers} glaciers, {summary.n_items} scenes, {summary.bytes / 1e6:.0f} MB in {summary.seconds:.0f} s")
+    say(
+        f"{summary.n_glaciers} glaciers, {summary.n_items} scenes, {summary.bytes / 1e6:.0f} MB in {summary.seconds:.0f} s"
+    )
     return summary
 
 
@@ -433,7 +466,10 @@ def _write_all(
 ) -> SimulationSummary:  # fmt: skip
     ids = list(world.glaciers.glacier_id)
     elapsed = elapsed_share(years, baseline_year)
-    labels = {y: retreat(world.label, world.order, world.rates_pct / 100 * elapsed[y]) for y in sorted({baseline_year, *years})}
+    labels = {
+        y: retreat(world.label, world.order, world.rates_pct / 100 * elapsed[y])
+        for y in sorted({baseline_year, *years})
+    }
     truth = {y: outlines_of(label, world.transform, world.crs, ids) for y, label in labels.items()}
 
     # Scenes. Every overpass has random numbers of its own, so the number of workers changes nothing.
@@ -492,7 +528,11 @@ def _write_all(
         for y in total.index
         if y != baseline_year
     }
-    regional = {"baseline_year": baseline_year, "area_km2": {int(y): float(a) for y, a in total.items()}, "rates": rates}
+    regional = {
+        "baseline_year": baseline_year,
+        "area_km2": {int(y): float(a) for y, a in total.items()},
+        "rates": rates,
+    }
     (folder / "truth" / "regional.json").write_text(json.dumps(regional, indent=1), encoding="utf-8")
     last = rates.get(max(years), {"rate_km2_per_year": 0.0, "rate_pct_per_year": 0.0})
     first = areas[areas.year == baseline_year]
@@ -511,7 +551,11 @@ def _write_all(
 
 
 def _write_inventory(
-    folder: Path, world: World, outlines: gpd.GeoDataFrame, label: NDArray[np.int32], cloud_on: Mapping[dt.date, NDArray[np.bool_]]
+    folder: Path,
+    world: World,
+    outlines: gpd.GeoDataFrame,
+    label: NDArray[np.int32],
+    cloud_on: Mapping[dt.date, NDArray[np.bool_]],
 ) -> None:
     """The date of a glacier is that of the baseline year's clean image with the least cloud over it."""
     days = sorted(cloud_on)
@@ -530,10 +574,16 @@ def _write_inventory(
 def _write_debris(folder: Path, world: World, label: NDArray[np.int32], rng: np.random.Generator) -> None:
     """Two sources that agree in part: one draws generously and misses a tenth of the glaciers, one tightly and more."""
     n = int(label.max())
+    most = int(
+        np.bincount(label.ravel(), weights=((world.ground.debris > 0) & (label > 0)).ravel()).argmax()
+    )  # seen by both
     for name, bias, seen in (("debris_a", 0.04, 0.9), ("debris_b", -0.03, 0.65)):
         wobble = 0.04 * fractal_noise(world.shape, rng, beta=2.6, longest_px=40)
         lucky = np.concatenate([[False], rng.random(n) < seen])
-        cover = ndimage.binary_opening((world.ground.debris + bias + wobble > 0) & lucky[label] & (label > 0), iterations=1)
+        lucky[most] = label.max() > 0
+        cover = ndimage.binary_opening(
+            (world.ground.debris + bias + wobble > 0) & lucky[label] & (label > 0), iterations=1
+        )
         parts = np.where(cover, label, 0).astype(np.int32)
         frame = outlines_of(parts, world.transform, world.crs, list(world.glaciers.glacier_id)).to_crs(4326)
         frame.geometry = [_polygonal(shapely.make_valid(g)) for g in frame.geometry]
@@ -567,9 +617,12 @@ def _write_elevation(
     step_px = round(100 / world.ground.pixel_m)
     coarse = world.transform * Affine.scale(step_px)
     last = max(labels)
+    elapsed = elapsed_share([last], baseline_year)
 
     def ice_in(year: int) -> NDArray[np.float32]:
-        return (labels[min(max(year, baseline_year), last)] > 0).astype(np.float32)
+        # Years without scenes have ice too.
+        loss = world.rates_pct / 100 * elapsed[min(max(year, baseline_year), last)]
+        return (retreat(world.label, world.order, loss) > 0).astype(np.float32)
 
     for start, end, factor in ((2010, 2015, 0.9), (2015, 2020, 1.0), (2020, 2025, 1.12)):
         there = np.mean([ice_in(y) for y in range(start, end)], axis=0)

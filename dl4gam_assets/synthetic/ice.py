@@ -74,7 +74,9 @@ def grow_ice(
     return out
 
 
-def divide_ice(surface: F32, ice: NDArray[np.bool_], *, cell_m: float, reach_m: float = 320.0, smallest_km2: float = 0.09) -> NDArray[np.int32]:
+def divide_ice(
+    surface: F32, ice: NDArray[np.bool_], *, cell_m: float, reach_m: float = 320.0, smallest_km2: float = 0.09
+) -> NDArray[np.int32]:
     """Glaciers from an ice mask: ice that leaves by the same way is one glacier (after Kienholz et al. 2013,
     doi:10.3189/2013JoG12J138).
 

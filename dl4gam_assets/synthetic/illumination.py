@@ -30,7 +30,11 @@ def sun_position(moment: dt.datetime, longitude: float, latitude: float) -> tupl
         + 0.000907 * math.sin(2 * g) - 0.002697 * math.cos(3 * g) + 0.00148 * math.sin(3 * g)
     )  # fmt: skip
     minutes = 229.18 * (
-        0.000075 + 0.001868 * math.cos(g) - 0.032077 * math.sin(g) - 0.014615 * math.cos(2 * g) - 0.040849 * math.sin(2 * g)
+        0.000075
+        + 0.001868 * math.cos(g)
+        - 0.032077 * math.sin(g)
+        - 0.014615 * math.cos(2 * g)
+        - 0.040849 * math.sin(2 * g)
     )
     solar_time = moment.hour + moment.minute / 60 + moment.second / 3600 + longitude / 15 + minutes / 60
     hour = math.radians(15 * (solar_time - 12))

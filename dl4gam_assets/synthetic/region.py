@@ -64,14 +64,27 @@ def write_demo_region(
     if min(size_px) < 400:
         raise ValueError(f"size_px {size_px} is too small: 400 x 400 at least")
     years = [int(y) for y in years]
-    parameters = {"kind": "demo", "seed": seed, "years": years, "baseline_year": baseline_year, "size_px": list(size_px)}
+    parameters = {
+        "kind": "demo",
+        "seed": seed,
+        "years": years,
+        "baseline_year": baseline_year,
+        "size_px": list(size_px),
+    }
 
     def make() -> tuple[World, list[Acquisition]]:
         world = build_range(size_px, seed)
         return world, plan_acquisitions(sorted({baseline_year, *years}), np.random.default_rng([seed, 2]))
 
     return write_region(
-        folder, parameters, make, seed=seed, years=years, baseline_year=baseline_year, workers=workers, progress=progress
+        folder,
+        parameters,
+        make,
+        seed=seed,
+        years=years,
+        baseline_year=baseline_year,
+        workers=workers,
+        progress=progress,
     )
 
 
@@ -127,7 +140,9 @@ def _glaciers(bed: F32, rng: np.random.Generator, cover: float) -> tuple[F32, F3
     ice = thickness > 3
     ice = ndimage.gaussian_filter(ice.astype(np.float32), 1.2) > 0.5
     ice = _fill_small_holes(ice, 60)
-    label40 = divide_ice(ndimage.gaussian_filter(bed40 + h40, 1.0) + 2.5 * wobble, coarsen(ice.astype(np.float32), 4) > 0.3, cell_m=40.0)
+    label40 = divide_ice(
+        ndimage.gaussian_filter(bed40 + h40, 1.0) + 2.5 * wobble, coarsen(ice.astype(np.float32), 4) > 0.3, cell_m=40.0
+    )
     label = _spread_labels(label40, ice, 4)
     label = _drop_small(label, smallest_px=260)
     ice = label > 0

@@ -116,7 +116,14 @@ def elevation_change(
 
 
 def debris_cover(
-    label: NDArray[np.int32], surface: F32, noise: F32, streaks: F32, rng: np.random.Generator, *, share: float = 0.08, pixel_m: float
+    label: NDArray[np.int32],
+    surface: F32,
+    noise: F32,
+    streaks: F32,
+    rng: np.random.Generator,
+    *,
+    share: float = 0.08,
+    pixel_m: float,
 ) -> F32:
     """Debris score of each ice pixel: positive where ice is covered by debris; about ``share`` of all ice.
 

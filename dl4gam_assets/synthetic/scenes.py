@@ -14,7 +14,14 @@ from scipy import ndimage
 
 from dl4gam_assets.synthetic.acquisitions import Acquisition
 from dl4gam_assets.synthetic.clouds import cloud_field
-from dl4gam_assets.synthetic.illumination import bilinear, cast_shadow, incidence, normals, summer_insolation, sun_position
+from dl4gam_assets.synthetic.illumination import (
+    bilinear,
+    cast_shadow,
+    incidence,
+    normals,
+    summer_insolation,
+    sun_position,
+)
 from dl4gam_assets.synthetic.noise import F32, fractal_noise
 from dl4gam_assets.synthetic.spectra import BANDS, RESIDUAL, SKY_LIGHT, SNOW_LIGHT, spectrum
 from dl4gam_assets.synthetic.terrain import coarsen
@@ -52,8 +59,12 @@ class Ground:
         t["grain"] = fractal_noise(shape, rng, beta=1.0, longest_px=6)
         t["streaks"] = streaks
         rough = np.where(ice, 0.3 + 1.2 * (self.debris > 0), 1.3).astype(np.float32)
-        undulation = 1.1 * fractal_noise(shape, rng, beta=3.2, longest_px=22) + 0.5 * fractal_noise(shape, rng, beta=2.4, longest_px=8)
-        self.normal = normals(self.surface + 0.8 * rough * t["grain"] + np.where(ice, undulation, 0).astype(np.float32), px)
+        undulation = 1.1 * fractal_noise(shape, rng, beta=3.2, longest_px=22) + 0.5 * fractal_noise(
+            shape, rng, beta=2.4, longest_px=8
+        )
+        self.normal = normals(
+            self.surface + 0.8 * rough * t["grain"] + np.where(ice, undulation, 0).astype(np.float32), px
+        )
         down, right = np.gradient(ndimage.gaussian_filter(self.surface, 1.0), px)
         self.slope = np.hypot(down, right).astype(np.float32)
         self.insolation = ndimage.gaussian_filter(summer_insolation(self.surface, px, self.latitude), 40 / px)
@@ -194,7 +205,9 @@ def render(ground: Ground, ice: Bool, when: Acquisition, rng: np.random.Generato
         base_m=float(rng.uniform(700, 1500)),
     )  # fmt: skip
     cloudy = bool(cloud.any())
-    direct = np.clip(incidence(ground.normal, azimuth, elevation) / np.float32(math.sin(math.radians(elevation))), 0, 2.0)
+    direct = np.clip(
+        incidence(ground.normal, azimuth, elevation) / np.float32(math.sin(math.radians(elevation))), 0, 2.0
+    )
     direct = direct ** np.float32(0.85) * sunlit
     if cloudy:
         direct *= 1 - np.float32(0.93) * shade
@@ -219,7 +232,19 @@ def render(ground: Ground, ice: Bool, when: Acquisition, rng: np.random.Generato
         noise = rng.standard_normal(shape, dtype=np.float32)
         noise *= np.float32(0.0018) + np.float32(0.007) * rho
         np.add(rho, noise, out=out[b])
-    return Scene(out, cloud, shade, sunlit, snow, clean, bare.debris * free, bare.vegetation * free, bare.water, azimuth, elevation)
+    return Scene(
+        out,
+        cloud,
+        shade,
+        sunlit,
+        snow,
+        clean,
+        bare.debris * free,
+        bare.vegetation * free,
+        bare.water,
+        azimuth,
+        elevation,
+    )
 
 
 def _blurred(field: F32, sigma_px: int) -> F32:

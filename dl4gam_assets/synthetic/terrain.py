@@ -158,9 +158,7 @@ def refine(surface: F32, factor: int, shape: tuple[int, int]) -> F32:
     coefficients = ndimage.spline_filter(surface, order=3, mode="nearest", output=np.float32)
     # Separable: interpolating along rows, then along columns, would need two passes; one call is simpler and exact.
     grid = np.meshgrid(rows, cols, indexing="ij", copy=False)
-    out: F32 = ndimage.map_coordinates(
-        coefficients, grid, order=3, mode="nearest", prefilter=False, output=np.float32
-    )
+    out: F32 = ndimage.map_coordinates(coefficients, grid, order=3, mode="nearest", prefilter=False, output=np.float32)
     return out
 
 

@@ -106,7 +106,7 @@ def test_weights_that_can_not_be_downloaded_say_what_to_do(monkeypatch: pytest.M
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(SettingsError, match="local .safetensors file, or to null"):
+    with pytest.raises(SettingsError, match=r"local \.safetensors file, or to null"):
         build_model(MODEL.model_copy(update={"encoder_weights": "imagenet"}))
 
 

@@ -128,7 +128,7 @@ def test_patches_are_moved_inside_and_padded_as_invalid(small: Small) -> None:
 
 @pytest.mark.parametrize("which", range(8))
 def test_terrain_of_a_turned_surface_is_the_turned_terrain(which: int) -> None:
-    """Slope and curvature follow as scalars, the aspect as a vector: against the derivatives of the turned DEM itself."""
+    """Slope and curvature follow as scalars, the aspect as a vector: as the derivatives of the turned DEM."""
     rows, cols = np.mgrid[:48, :48].astype(np.float32)
     dem = (40 * np.sin(rows / 9) + 60 * np.cos(cols / 13) + rows * 3 - cols + 0.01 * rows * cols).astype(np.float32)
     names = ["sin_aspect", "cos_aspect", "slope", "profile_curvature"]

@@ -78,7 +78,7 @@ train_member(
 
 
 def test_a_killed_training_goes_on_with_the_same_result(small: Small, whole: TrainedMember, tmp_path: Path) -> None:
-    """SIGKILL in the middle of an epoch of a real process, and a half-written state beside: the same bits in the end."""
+    """SIGKILL to a real process in the middle of an epoch, and a half-written state: the same bits in the end."""
     small.statistics.to_parquet(small.folder / "statistics.parquet")
     work = tmp_path / "work"
     child = subprocess.Popen([sys.executable, "-c", _CHILD, str(small.folder), str(work)], stderr=subprocess.PIPE)
