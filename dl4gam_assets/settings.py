@@ -229,6 +229,11 @@ class TerrainSettings(_Strict):
     dem_nodata: float | None = Field(None, description="No-data value where the DEM's file does not say.")
     smoothing_sigma: float = Field(1.0, ge=0, description="Gaussian before derivatives, in pixels, 3x3 window.")
     elevation_change: list[ElevationChangePeriod] = []
+    elevation_change_match: Literal["ended", "nearest_end"] = Field(
+        "ended",
+        description="The dh/dt period of a year: the latest that has ended by then, or the one that ends nearest to it. "
+        "Both give the published choice (2010 to 2015 for 2015, 2015 to 2020 for 2023) from the data of that time.",
+    )
     elevation_change_source: str = ""
 
 

@@ -123,7 +123,7 @@ def elevation_change_of(site: Site, year: int, glacier_id: str, wanted: str) -> 
     periods = [
         p.model_copy(update={"path": str(site.data_root / p.path)}) for p in site.region.terrain.elevation_change
     ]
-    period = match_period(periods, year)
+    period = match_period(periods, year, site.region.terrain.elevation_change_match)
     if period is None:
         return row
     path = dhdt_path(site, period, glacier_id)
@@ -134,7 +134,7 @@ def elevation_change_of(site: Site, year: int, glacier_id: str, wanted: str) -> 
                 mine = source.read(1)
     if mine is None:
         grid = grid_of(site, glacier_id)
-        mine, _ = read_elevation_change(periods, year, grid)
+        mine, _ = read_elevation_change(periods, year, grid, site.region.terrain.elevation_change_match)
         with storage.writing(path) as temporary, rasterio.open(
             temporary, "w", driver="GTiff", height=grid.shape[0], width=grid.shape[1], count=1, dtype="float32",
             crs=str(grid.crs), transform=grid.affine, nodata=float("nan"), compress="deflate", predictor=3,
@@ -160,6 +160,7 @@ def elevation_change(ws: Workspace, year: int, *, force: bool = False) -> StageR
         "elevation": ws.upstream("elevation"),
         "files": [file_fingerprint(ws.data_root / p.path) for p in periods],
         "periods": [(p.start, p.end) for p in periods],
+        "match": ws.region.terrain.elevation_change_match,
     }
 
     def work() -> tuple[str, dict[str, Any], dict[str, bytes]]:

@@ -38,7 +38,8 @@ def plan_acquisitions(years: Sequence[int], rng: np.random.Generator, *, dates_p
 
     Each year has two clear late-summer dates between 8 August and 20 September: in every second year the first is
     cloudy in the west and the second in the east, so that no date is the best for all glaciers; otherwise one of them
-    is clear everywhere. Then a date in July or early August with much old snow, in every second year a cloudy one, and one of late
+    is clear everywhere. Then a date in July or early August with much old snow, in every second year a cloudy one, and
+    one of late
     September or October with fresh snow and a low sun. One date of each third year reaches one tile only in part.
     """
     plan = []
@@ -61,7 +62,8 @@ def plan_acquisitions(years: Sequence[int], rng: np.random.Generator, *, dates_p
             )
             some = float(rng.uniform(0.25, 0.6))
             west = east = 0.0
-            fresh, cut, tiles = None, None, ("west", "east")
+            fresh, cut = None, None
+            tiles: tuple[str, ...] = ("west", "east")
             if name == "summer":
                 snowline, patches = -170 + late, -120 + 0.5 * late
                 west, east = (some * 0.5, some * 0.15) if rng.random() < 0.5 else (0.0, some * 0.4)

@@ -49,9 +49,11 @@ def cloud_field(
         half, rng, beta=2.9, longest_px=24
     )
     noise = ndimage.zoom(noise, 2, order=1)[: big[0], : big[1]]
-    # Share -> threshold; a side without clouds has a threshold nothing reaches, a kilometre and a half beyond the middle.
+    # Share -> threshold; nothing reaches that of a side without clouds. Such a side holds more than half of the width,
+    # so that what lies in the middle is clear when either side is.
     levels = [float(ndtri(1 - min(max(s, 1e-9), 0.995))) if s > 0 else 7.0 for s in (west, east)]
-    col = np.arange(big[1], dtype=np.float32) - pad - shape[1] / 2
+    middle = 0.5 + 0.14 * (int(west <= 0) - int(east <= 0))
+    col = np.arange(big[1], dtype=np.float32) - pad - shape[1] * middle
     blend = 1 / (1 + np.exp(-col / 28.0))
     threshold = levels[0] * (1 - blend) + levels[1] * blend
     opacity = np.clip((noise - threshold[None, :].astype(np.float32)) / 0.75, 0, 1)

@@ -35,7 +35,12 @@ from scipy import ndimage
 
 from dl4gam_assets.synthetic.acquisitions import Acquisition
 from dl4gam_assets.synthetic.noise import F32, fractal_noise
-from dl4gam_assets.synthetic.retreat import elapsed_share, elevation_change, retreat
+from dl4gam_assets.synthetic.retreat import (
+    elapsed_share,
+    elevation_change,
+    former_ice,
+    retreat,
+)
 from dl4gam_assets.synthetic.scenes import (
     Bare,
     Ground,
@@ -49,7 +54,7 @@ from dl4gam_assets.synthetic.scenes import (
 from dl4gam_assets.synthetic.spectra import BANDS
 
 #: Changes when the same parameters give other files.
-VERSION = 1
+VERSION = 2
 _OFFSET_SINCE = dt.date(2022, 1, 25)
 _COMMON = {"blue": "blue", "green": "green", "red": "red", "nir": "nir", "swir16": "swir16"}
 _SENTINEL = {"blue": "B02", "green": "B03", "red": "B04", "nir": "B08", "swir16": "B11"}
@@ -241,7 +246,8 @@ def _render_item_files(
         transform20 = transform * Affine.scale(2)
         for baseline, generated, gain in processings:
             offset = -0.1 if when.date >= _OFFSET_SINCE else 0.0
-            ident = f"S2{'AB'[when.date.toordinal() % 2]}_{_TILE_NAME[tile]}_{when.date:%Y%m%d}_{baseline.replace('.', '')}_{world.prefix}"
+            unit, number = "AB"[when.date.toordinal() % 2], baseline.replace(".", "")
+            ident = f"S2{unit}_{_TILE_NAME[tile]}_{when.date:%Y%m%d}_{number}_{world.prefix}"
             tags = {"SIMULATED": "yes", "DATE": when.date.isoformat()}
             facts: dict[str, Any] = {
                 "id": ident,
@@ -429,9 +435,9 @@ def write_region(
         found = json.loads(stamp.read_text(encoding="utf-8"))
         if found.get("parameters") == wanted:
             say(f"{folder} holds this simulation already")
-            summary = dict(found["summary"])
-            summary["area_km2"] = {int(k): v for k, v in summary["area_km2"].items()}
-            return SimulationSummary(**summary)
+            known = dict(found["summary"])
+            known["area_km2"] = {int(k): v for k, v in known["area_km2"].items()}
+            return SimulationSummary(**known)
     elif folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty and holds no simulation; name another folder or empty it")
     started = time.monotonic()
@@ -455,7 +461,8 @@ def write_region(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     say(
-        f"{summary.n_glaciers} glaciers, {summary.n_items} scenes, {summary.bytes / 1e6:.0f} MB in {summary.seconds:.0f} s"
+        f"{summary.n_glaciers} glaciers, {summary.n_items} scenes, "
+        f"{summary.bytes / 1e6:.0f} MB in {summary.seconds:.0f} s"
     )
     return summary
 
@@ -561,7 +568,8 @@ def _write_inventory(
     days = sorted(cloud_on)
     inside = np.bincount(label.ravel(), minlength=len(world.glaciers) + 1).astype(float)
     share = np.stack([
-        np.bincount(label.ravel(), weights=cloud_on[d].ravel(), minlength=len(inside)) / np.maximum(inside, 1) for d in days
+        np.bincount(label.ravel(), weights=cloud_on[d].ravel(), minlength=len(inside)) / np.maximum(inside, 1)
+        for d in days
     ])  # fmt: skip
     best = [days[k].isoformat() for k in np.round(share[:, 1:], 2).argmin(axis=0)]
     frame = outlines.merge(world.glaciers.assign(date=best), on="glacier_id", how="left", validate="1:1")
@@ -619,9 +627,16 @@ def _write_elevation(
     last = max(labels)
     elapsed = elapsed_share([last], baseline_year)
 
+    # Ground that the ice left before the baseline thinned too: without it, thinning would give ice away.
+    owner, vacated = former_ice(world.label, world.ground.surface, world.rates_pct, pixel_m=world.ground.pixel_m)
+    nearest = ndimage.distance_transform_edt(world.label == 0, return_distances=False, return_indices=True)
+    change = np.where(owner > 0, change[tuple(nearest)], change)
+
     def ice_in(year: int) -> NDArray[np.float32]:
         # Years without scenes have ice too.
-        loss = world.rates_pct / 100 * elapsed[min(max(year, baseline_year), last)]
+        if year < baseline_year:
+            return ((world.label > 0) | ((owner > 0) & (vacated < baseline_year - year))).astype(np.float32)
+        loss = world.rates_pct / 100 * elapsed[min(year, last)]
         return (retreat(world.label, world.order, loss) > 0).astype(np.float32)
 
     for start, end, factor in ((2010, 2015, 0.9), (2015, 2020, 1.0), (2020, 2025, 1.12)):

@@ -5,6 +5,8 @@ Belongs here: where ice lies and which glacier it belongs to. Does not belong he
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
@@ -32,7 +34,13 @@ def mass_balance(surface: F32, insolation: F32, concavity: F32, slope: F32, *, e
 
 
 def grow_ice(
-    bed: F32, balance_of: object, *, cell_m: float, years: float, thickness: F32 | None = None, fastest: float = 1.0e4
+    bed: F32,
+    balance_of: Callable[[F32], F32],
+    *,
+    cell_m: float,
+    years: float,
+    thickness: F32 | None = None,
+    fastest: float = 1.0e4,
 ) -> F32:
     """Ice thickness (m) after ``years`` of the shallow-ice approximation with sliding, explicit in time.
 
@@ -44,7 +52,6 @@ def grow_ice(
     thickness : start; none by default
     fastest : limit of the diffusivity, m2 a year; sets the time step (stability: 4 D dt < dx2)
     """
-    assert callable(balance_of)
     h = np.zeros(bed.shape, np.float32) if thickness is None else thickness.astype(np.float32).copy()
     dt = 0.21 * cell_m**2 / fastest
     steps = int(years / dt)
@@ -60,8 +67,9 @@ def grow_ice(
         gx = 0.5 * (right[:-1] + right[1:]) / np.float32(cell_m)
         gy = 0.5 * (down[:, :-1] + down[:, 1:]) / np.float32(cell_m)
         h2 = corner * corner
-        d = np.minimum((flow * h2 + slide * np.sqrt(corner + 1e-6) * 6.0) * h2 * corner * np.minimum(gx * gx + gy * gy, 0.5),
-                       np.float32(fastest))  # fmt: skip
+        gradient2 = np.minimum(gx * gx + gy * gy, 0.5)
+        conductance = (flow * h2 + 6.0 * slide * np.sqrt(corner + 1e-6)) * h2 * corner
+        d = np.minimum(conductance * gradient2, np.float32(fastest))
         fx = 0.5 * (d[:-1] + d[1:]) * right[1:-1]
         fy = 0.5 * (d[:, :-1] + d[:, 1:]) * down[:, 1:-1]
         # No flux out of a cell without ice.

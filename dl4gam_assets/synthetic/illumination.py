@@ -96,7 +96,7 @@ def cast_shadow(surface: F32, pixel_m: float, azimuth: float, elevation: float, 
     return out
 
 
-def bilinear(field: F32, rows: NDArray[np.float32], cols: NDArray[np.float32]) -> F32:
+def bilinear(field: F32, rows: NDArray[np.floating], cols: NDArray[np.floating]) -> F32:
     """Values at the fractional positions ``rows`` x ``cols`` of a grid, its edge repeated outside."""
     r = np.clip(rows, 0, field.shape[0] - 1)
     c = np.clip(cols, 0, field.shape[1] - 1)

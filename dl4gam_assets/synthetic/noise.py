@@ -31,7 +31,8 @@ def fractal_noise(
 
     Returns
     -------
-    float32 (rows, columns), mean 0 and standard deviation 1. The field does not wrap around: it is cut from a larger one.
+    float32 (rows, columns), mean 0 and standard deviation 1. The field is cut from a larger one, so it
+    does not wrap around.
     """
     rows, cols = (scipy.fft.next_fast_len(int(n * 1.12) + 8, real=True) for n in shape)
     spectrum = scipy.fft.rfft2(rng.standard_normal((rows, cols), dtype=np.float32))

@@ -234,7 +234,7 @@ def _drop_small(label: NDArray[np.int32], smallest_px: int) -> NDArray[np.int32]
 
 
 def flow_texture(surface: F32, ice: NDArray[np.bool_], rng: np.random.Generator, *, steps: int = 14) -> F32:
-    """Streaks along the flow: noise averaged up and down the slope of a smoothed surface (line integral convolution)."""
+    """Streaks along the flow: noise averaged up and down a smoothed surface (line integral convolution)."""
     down, right = np.gradient(ndimage.gaussian_filter(surface, 6.0))
     length = np.maximum(np.hypot(down, right), 1e-4)
     vy, vx = (-down / length).astype(np.float32), (-right / length).astype(np.float32)

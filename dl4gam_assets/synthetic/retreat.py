@@ -87,6 +87,39 @@ def retreat(label: NDArray[np.int32], order: F32, loss: NDArray[np.floating]) ->
         return np.where((label > 0) & (order >= gone), label, 0).astype(np.int32)
 
 
+def former_ice(
+    label: NDArray[np.int32], surface: F32, rates_pct: NDArray[np.floating], *, pixel_m: float, years: int = 6
+) -> tuple[NDArray[np.int32], F32]:
+    """Ground that glaciers left in the years before the baseline: the retreat continued backwards.
+
+    Low ground near a margin was left last. Each glacier had lost its present share of area in each of those years.
+
+    Returns
+    -------
+    int32 (H, W), the glacier that lay there (0: none), and float32 (H, W), how many years before the baseline it left.
+    """
+    distance, index = ndimage.distance_transform_edt(label == 0, return_indices=True)
+    owner = np.where((label == 0) & (distance * pixel_m < 400), label[tuple(index)], 0).astype(np.int32)
+    vacated = np.full(label.shape, np.inf, np.float32)
+    sizes = np.bincount(label.ravel(), minlength=int(label.max()) + 1)
+    out = np.zeros_like(owner)
+    for i, box in enumerate(ndimage.find_objects(owner), start=1):
+        if box is None or not sizes[i]:
+            continue
+        inside = owner[box] == i
+        low, high = np.percentile(surface[label == i], [1, 99])
+        height = np.clip((surface[box][inside] - low) / max(high - low, 30.0), 0, 1)
+        cost = distance[box][inside] * pixel_m * (0.18 + height**1.1)
+        rank = np.empty(len(cost), np.float32)
+        rank[np.argsort(cost, kind="stable")] = np.arange(len(cost), dtype=np.float32)
+        left = rank / (sizes[i] * rates_pct[i - 1] / 100)
+        some = left < years
+        view, when = out[box], vacated[box]
+        view[inside] = np.where(some, i, view[inside])
+        when[inside] = np.where(some, left, when[inside])
+    return out, vacated
+
+
 def elevation_change(
     label: NDArray[np.int32], surface: F32, debris: F32, rates_pct: NDArray[np.floating], area_km2: NDArray[np.floating]
 ) -> F32:

@@ -89,7 +89,7 @@ class Scene:
     elevation: float
 
 
-def _step(x: F32) -> F32:
+def _step(x: NDArray[np.floating]) -> F32:
     out: F32 = np.float32(0.5) * (1 + np.tanh(np.float32(0.5) * x))
     return out
 
@@ -168,7 +168,6 @@ def snow_cover(ground: Ground, ice: Bool, when: Acquisition) -> tuple[F32, F32]:
     on_ice = z - when.snowline + 55 * t["patch"] + 30 * t["broad"] + 1.6 * hollow - 150 * sun + 9 * t["fine"]
     beside = z - when.patches + 170 * t["patch"] + 8 * hollow - 520 * sun - 190 + 30 * t["fine"]
     old = np.where(ice, _step(on_ice / 24), _step(beside / 28) * np.clip((1.1 - ground.slope) / 0.35, 0, 1))
-    # Steep ice walls in sun lose their snow; ridges are blown bare.
     if when.fresh is None:
         return old, np.zeros_like(old)
     fresh = _step((z - when.fresh + 60 * t["broad"] + 45 * t["patch"] - 230 * sun + 40 * t["fine"]) / 45)
@@ -201,7 +200,8 @@ def render(ground: Ground, ice: Bool, when: Acquisition, rng: np.random.Generato
     clean = bare.ice * free
     sunlit = cast_shadow(ground.surface, ground.pixel_m, azimuth, elevation)
     cloud, shade = cloud_field(
-        shape, rng, west=when.cloud_west, east=when.cloud_east, azimuth=azimuth, elevation=elevation, pixel_m=ground.pixel_m,
+        shape, rng, west=when.cloud_west, east=when.cloud_east, azimuth=azimuth, elevation=elevation,
+        pixel_m=ground.pixel_m,
         base_m=float(rng.uniform(700, 1500)),
     )  # fmt: skip
     cloudy = bool(cloud.any())
@@ -247,7 +247,7 @@ def render(ground: Ground, ice: Bool, when: Acquisition, rng: np.random.Generato
     )
 
 
-def _blurred(field: F32, sigma_px: int) -> F32:
+def _blurred(field: NDArray[np.floating], sigma_px: int) -> F32:
     """Wide Gaussian, computed on blocks of 8 pixels."""
     coarse = ndimage.gaussian_filter(coarsen(field, 8), sigma_px / 8)
     rows = (np.arange(field.shape[0], dtype=np.float32) + 0.5) / 8 - 0.5

@@ -2,8 +2,8 @@
 
 Belongs here: numbers and where they come from. Does not belong here: where a surface lies (``scenes``).
 
-Snow, shadowed snow, ice, rock and water follow 11,729 labelled Sentinel-2 surface-reflectance pixels of four glaciers in
-Alaska and Montana/Washington (Gulkana, Wolverine, Sperry, South Cascade; June to August 2021), file
+Snow, shadowed snow, ice, rock and water follow 11,729 labelled Sentinel-2 surface-reflectance pixels of four glaciers
+in Alaska and Montana/Washington (Gulkana, Wolverine, Sperry, South Cascade; June to August 2021), file
 Sentinel-2_SR_training_data.csv of RaineyAbe/glacier-snow-cover-mapping (MIT licence), classes 1 to 5. Their medians::
 
                   blue   green  red    nir    swir16   pixels   spread of log reflectance (red)

@@ -83,21 +83,27 @@ def _warp(path: Path, geobox: GeoBox, nodata: float | None) -> np.ndarray:
     return out
 
 
-def match_period(periods: Sequence[ElevationChangePeriod], year: int) -> ElevationChangePeriod | None:
+def match_period(
+    periods: Sequence[ElevationChangePeriod], year: int, rule: str = "ended"
+) -> ElevationChangePeriod | None:
     """The dh/dt period that belongs to a year.
 
-    The latest period that has ended by the year (2010 to 2015 for the inventory of 2015, 2015 to 2020 for 2023, as
+    Rule ``nearest_end``: the period whose end is nearest to the year (the earlier one of two), so that the lag between
+    elevation change and image is the same as in training, at the price of looking at most some years ahead.
+    Rule ``ended``: the latest period that has ended by the year (2010 to 2015 for the inventory of 2015, 2015 to 2020 for 2023, as
     published), so that an image is never judged with elevation change of its future; for earlier years the first
     period there is. None without periods.
     """
     if not periods:
         return None
+    if rule == "nearest_end":
+        return min(periods, key=lambda p: (abs(p.end - year), p.end, p.start))
     ended = [p for p in periods if p.end <= year]
     return max(ended, key=lambda p: (p.end, p.start)) if ended else min(periods, key=lambda p: (p.end, p.start))
 
 
 def read_elevation_change(
-    periods: Sequence[ElevationChangePeriod], year: int, geobox: GeoBox
+    periods: Sequence[ElevationChangePeriod], year: int, geobox: GeoBox, rule: str = "ended"
 ) -> tuple[np.ndarray, ElevationChangePeriod | None]:
     """dh/dt (m/yr) on a grid for a year, and the period it is of.
 
@@ -106,6 +112,7 @@ def read_elevation_change(
     periods : their ``path`` must be absolute, or relative to the working directory
     year : calendar year of the image
     geobox : target grid
+    rule : see :func:`match_period`
 
     Returns
     -------
@@ -116,7 +123,7 @@ def read_elevation_change(
     FileNotFoundError, OSError
         if the period's file is absent or can not be read.
     """
-    period = match_period(periods, year)
+    period = match_period(periods, year, rule)
     if period is None:
         return np.full(geobox.shape, np.nan, dtype=np.float32), None
     return _warp(Path(period.path), geobox, None), period

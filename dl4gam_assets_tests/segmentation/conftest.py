@@ -19,7 +19,7 @@ from dl4gam_assets_tests.change.small_cubes import make_cube
 
 CHANNELS = ["red", "green", "nir", "swir16", "ndvi", "ndwi", "ndsi", "dem", "slope", "sin_aspect", "cos_aspect", "dhdt"]
 MODEL = ModelSettings(
-    encoder="resnet18", encoder_depth=2, decoder_channels=[16, 8], encoder_weights=None, channels=CHANNELS
+    encoder="tu-regnetx_002", encoder_depth=2, decoder_channels=[16, 8], encoder_weights=None, channels=CHANNELS
 )
 TRAINING = TrainingSettings(
     patch_px=64, train_step_px=16, train_patches=24, batch_size=8, epochs=4, learning_rate=3e-3, schedule="one_cycle",

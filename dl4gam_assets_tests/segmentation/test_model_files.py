@@ -26,6 +26,7 @@ def test_the_published_network() -> None:
     norms = [n for n, m in model.named_modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert norms and all(n.startswith("encoder.") for n in norms)
     assert model.get_parameter("encoder.conv1.weight").shape == (64, 16, 7, 7)
+    assert sum(p.numel() for p in model.parameters()) == 24_474_065  # as segmentation-models-pytorch gives it
     with torch.inference_mode():
         assert model(torch.zeros(1, 16, 64, 96)).shape == (1, 1, 64, 96)
 
@@ -33,7 +34,7 @@ def test_the_published_network() -> None:
 @pytest.mark.parametrize(
     ("architecture", "encoder", "depth", "decoder"),
     [
-        ("Unet", "timm-regnetx_002", 4, [32, 24, 16, 8]),
+        ("Unet", "timm-mobilenetv3_small_minimal_100", 4, [32, 24, 16, 8]),
         ("UnetPlusPlus", "resnet18", 2, [16, 8]),
         ("FPN", "resnet18", 5, [16] * 5),
     ],
@@ -58,30 +59,35 @@ def test_importing_the_library_leaves_a_working_process() -> None:
 
 
 # --------------------------------------------------------------------------------------------- encoder weights
+RESNET = ModelSettings(
+    encoder="resnet18", encoder_depth=2, decoder_channels=[16, 8], encoder_weights=None, channels=CHANNELS
+)
+
+
 def test_local_weights_of_three_channels_are_adapted(tmp_path: Path) -> None:
-    source = build_model(MODEL.model_copy(update={"channels": ["red", "green", "blue"]}))
+    source = build_model(RESNET.model_copy(update={"channels": ["red", "green", "blue"]}))
     encoder = source.get_submodule("encoder").state_dict()
     path = tmp_path / "encoder.safetensors"
     save_file({k: v.contiguous() for k, v in encoder.items()}, path)
-    model = build_model(MODEL.model_copy(update={"encoder_weights": str(path), "channels": CHANNELS[:7]}))
+    model = build_model(RESNET.model_copy(update={"encoder_weights": str(path), "channels": CHANNELS[:7]}))
     got, rgb = model.get_submodule("encoder").state_dict(), encoder["conv1.weight"]
     assert got["conv1.weight"].shape[1] == 7
     torch.testing.assert_close(got["conv1.weight"][:, 4], rgb[:, 1] * 3 / 7)
     assert all(torch.equal(got[k], v) for k, v in encoder.items() if k != "conv1.weight")
     # A picture that is equal in all channels is seen as before where the channels repeat evenly.
-    six = build_model(MODEL.model_copy(update={"encoder_weights": str(path), "channels": CHANNELS[:6]}))
+    six = build_model(RESNET.model_copy(update={"encoder_weights": str(path), "channels": CHANNELS[:6]}))
     grey = torch.rand(1, 1, 32, 32)
     first = six.get_submodule("encoder.conv1")(grey.expand(1, 6, 32, 32))
     torch.testing.assert_close(first, source.get_submodule("encoder.conv1")(grey.expand(1, 3, 32, 32)))
     # A whole member may be the source too.
     save_file({k: v.contiguous() for k, v in source.state_dict().items()}, path)
-    again = build_model(MODEL.model_copy(update={"encoder_weights": str(path), "channels": ["red", "green", "blue"]}))
+    again = build_model(RESNET.model_copy(update={"encoder_weights": str(path), "channels": ["red", "green", "blue"]}))
     assert torch.equal(again.get_parameter("encoder.conv1.weight"), rgb)
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     def build(**changes: object) -> None:
-        build_model(MODEL.model_copy(update=changes))
+        build_model(RESNET.model_copy(update=changes))
 
     with pytest.raises(SettingsError, match="does not exist"):
         build(encoder_weights=str(tmp_path / "no.safetensors"))
@@ -107,7 +113,7 @@ def test_weights_that_can_not_be_downloaded_say_what_to_do(monkeypatch: pytest.M
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(SettingsError, match=r"local \.safetensors file, or to null"):
-        build_model(MODEL.model_copy(update={"encoder_weights": "imagenet"}))
+        build_model(RESNET.model_copy(update={"encoder_weights": "imagenet"}))
 
 
 # --------------------------------------------------------------------------------------------- member files

@@ -194,7 +194,7 @@ def test_class_medians_agree_with_the_labelled_spectra(world: World, scene: Scen
 
 
 def test_indices_behave(world: World, scene: Scene) -> None:
-    blue, green, red, nir, swir = scene.reflectance
+    _blue, green, red, nir, swir = scene.reflectance
     where = _pixels(world, scene)
     ndsi = (green - swir) / (green + swir)
     assert np.median(ndsi[where["snow"]]) > 0.85 and np.median(ndsi[where["ice"]]) > 0.8
