@@ -22,7 +22,7 @@ MODEL = ModelSettings(
     encoder="tu-regnetx_002", encoder_depth=2, decoder_channels=[16, 8], encoder_weights=None, channels=CHANNELS
 )
 TRAINING = TrainingSettings(
-    patch_px=64, train_step_px=16, train_patches=24, batch_size=8, epochs=4, learning_rate=3e-3, schedule="one_cycle",
+    patch_px=32, train_step_px=8, train_patches=96, batch_size=8, epochs=4, learning_rate=3e-3, schedule="one_cycle",
     augmentation=True,
 )  # fmt: skip
 

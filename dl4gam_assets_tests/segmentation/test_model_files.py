@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dl4gam_assets.segmentation import ModelFileError, TrainedMember, build_model, load_member, save_member
+from dl4gam_assets.segmentation import ModelFileError, TrainedMember, _compat, build_model, load_member, save_member
 from dl4gam_assets.settings import ModelSettings, SettingsError
 from dl4gam_assets.storage import Storage
 from dl4gam_assets_tests.segmentation.conftest import CHANNELS, MODEL, Small
@@ -26,7 +24,8 @@ def test_the_published_network() -> None:
     norms = [n for n, m in model.named_modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert norms and all(n.startswith("encoder.") for n in norms)
     assert model.get_parameter("encoder.conv1.weight").shape == (64, 16, 7, 7)
-    assert sum(p.numel() for p in model.parameters()) == 24_474_065  # as segmentation-models-pytorch gives it
+    # 24,436,369 of the library's default with three channels, 13 channels more, biases instead of the decoder's norms.
+    assert sum(p.numel() for p in model.parameters()) == 24_436_369 + 13 * 64 * 49 - 992
     with torch.inference_mode():
         assert model(torch.zeros(1, 16, 64, 96)).shape == (1, 1, 64, 96)
 
@@ -47,15 +46,10 @@ def test_other_networks(architecture: str, encoder: str, depth: int, decoder: li
     assert build_model(settings).eval()(torch.zeros(1, 2, 64, 64)).shape == (1, 1, 64, 64)
 
 
-def test_importing_the_library_leaves_a_working_process() -> None:
-    """In a fresh process, twice: the second import must not declare the operators again."""
-    code = (
-        "from dl4gam_assets.segmentation import _compat\n"
-        "a = _compat.import_smp(); b = _compat.import_smp(); assert a is b\n"
-        "import torch; a.Unet('resnet18', encoder_weights=None)(torch.zeros(2, 3, 32, 32)).mean().backward()\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-1500:]
+def test_the_library_is_imported_as_often_as_asked() -> None:
+    """The operators that torchvision misses are declared once a process; the kill test does so in a fresh one."""
+    assert _compat.import_smp() is _compat.import_smp()
+    assert len(_compat._DECLARED) <= 1 and hasattr(torch.ops.torchvision, "nms")
 
 
 # --------------------------------------------------------------------------------------------- encoder weights

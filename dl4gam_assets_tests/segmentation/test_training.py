@@ -50,7 +50,7 @@ def test_it_learns_and_keeps_the_best_epoch(whole: TrainedMember) -> None:
     assert history["train_loss"].iloc[-1] < 0.7 * history["train_loss"].iloc[0]
     assert whole.validation_iou == history["validation_iou"].max() > 0.8
     assert whole.best_epoch == history.loc[history["validation_iou"].idxmax(), "epoch"]
-    assert whole.train_patches == 24 and whole.parameters > 10_000
+    assert whole.train_patches == 96 and whole.parameters > 10_000
 
 
 def test_the_seed_decides_everything(small: Small, whole: TrainedMember, tmp_path: Path) -> None:
