@@ -145,6 +145,20 @@ class SceneFolder(_Strict):
     date_format: str = Field("%Y%m%d", description="strptime format of the group `date`.")
     tag: str = Field("", description="A word about the scenes that travels into every lineage (e.g. 'simulated').")
 
+    @model_validator(mode="after")
+    def _pattern(self) -> SceneFolder:
+        try:
+            groups = set(re.compile(self.pattern).groupindex)
+        except re.error as error:
+            raise ValueError(f"pattern is no regular expression: {error}") from error
+        if "date" not in groups:
+            raise ValueError("pattern needs a named group (?P<date>...)")
+        if unknown := groups - {"date", "scene", "suffix"}:
+            raise ValueError(f"pattern has unknown groups {sorted(unknown)}; known are date, scene, suffix")
+        if "suffix" not in groups and set(self.band_order) != {""}:
+            raise ValueError("band_order must have the one key '' where pattern has no group suffix")
+        return self
+
 
 Catalog = Annotated[Union[StacFolder, StacApi, SceneFolder], Field(discriminator="kind")]
 
@@ -194,6 +208,14 @@ class SelectionSettings(_Strict):
     single_tile_coverage: float = Field(0.98, description="A tile covering this share is taken alone, not mosaicked.")
     min_clean_pixels: int = Field(30, ge=1)
     ranking: Literal["rank_positions", "min_max"] = "rank_positions"
+    shadow_nir_max: float | None = Field(
+        None,
+        gt=0,
+        description="For imagery without a cloud mask: when images are judged, a pixel counts as cloud where near "
+        "infrared is below this reflectance and below shadow_ratio_max times blue (shadow is dark and blue). Cubes "
+        "keep such pixels. Null: shadow is not looked for.",
+    )
+    shadow_ratio_max: float = Field(0.6, gt=0, description="See shadow_nir_max.")
     overrides: str | None = Field(None, description="CSV below data_root (or package:NAME): glacier_id, year, date (or 'reject').")
 
 
@@ -213,6 +235,13 @@ class ImagerySettings(_Strict):
             dt.date.fromisoformat(f"2015-{day}")
         if self.window[0] > self.window[1]:
             raise ValueError("window must start before it ends within one calendar year")
+        return self
+
+    @model_validator(mode="after")
+    def _shadow_bands(self) -> ImagerySettings:
+        lacking = {"blue", "nir"} - set(self.sensor.bands)
+        if self.selection.shadow_nir_max is not None and lacking:
+            raise ValueError(f"selection.shadow_nir_max needs the bands {sorted(lacking)}, which sensor.bands lacks")
         return self
 
 

@@ -99,7 +99,8 @@ class TauRule:
         """tau of each row of ``features`` (columns FEATURES), in [0, maximum]."""
         z = np.full(len(features), self.intercept, dtype=np.float64)
         for name in sorted(self.coefficients):  # in a fixed order, so that sums are equal to the last bit
-            z += self.coefficients[name] * (features[name].to_numpy(dtype=np.float64) - self.means[name]) / self.scales[name]
+            value = features[name].to_numpy(dtype=np.float64)
+            z += self.coefficients[name] * (value - self.means[name]) / self.scales[name]
         tau = self.maximum / (1 + np.exp(-np.clip(z, -30, 30)))
         return np.clip(tau, 0.0, self.maximum)
 

@@ -16,9 +16,8 @@ import pandas as pd
 import pystac
 import rasterio.features
 import rasterio.warp
-import shapely
 
-from dl4gam_assets.imagery.catalogs import CatalogError, SceneCatalog, group_by_day, item_checksums
+from dl4gam_assets.imagery.catalogs import CatalogError, SceneCatalog, group_by_day, item_checksums, lonlat_box
 from dl4gam_assets.imagery.reading import SceneError, read_image
 from dl4gam_assets.imagery.scores import score_image
 from dl4gam_assets.inventory import glacier_grid
@@ -29,7 +28,7 @@ from dl4gam_assets.tables import TABLES
 def search_periods(
     year: int, inventory_date: dt.date | None, imagery: ImagerySettings, baseline_year: int
 ) -> list[tuple[dt.date, dt.date]]:
-    """First and last days in which images of a year are searched.
+    """First and last days (both included, by solar day) in which images of a year are searched.
 
     A year has its window. The baseline year follows the inventory: days around the glacier's own acquisition date
     (mode ``inventory_date``; the year's window where the glacier has no date), or a fixed window.
@@ -73,7 +72,7 @@ def candidates_of_glacier(
     grid = glacier_grid(glacier["geometry"], int(glacier["utm_epsg"]), imagery.sensor.pixel_m, imagery.margin_m)
     date = glacier["inventory_date"]
     known = None if pd.isna(date) else pd.Timestamp(date).date()
-    box = rasterio.warp.transform_bounds(str(grid.crs), "EPSG:4326", *grid.boundingbox)
+    box = rasterio.warp.transform_bounds(str(grid.crs), "EPSG:4326", *grid.boundingbox)  # west > east: antimeridian
     items: dict[str, pystac.Item] = {}
     for start, end in search_periods(year, known, imagery, region.years.baseline):
         items |= {item.id: item for item in catalog.search(box, start, end)}
@@ -82,12 +81,13 @@ def candidates_of_glacier(
 
     selection = imagery.selection
     crs = str(grid.crs)
-    window = shapely.box(*box)
+    window = lonlat_box(box)
     ice = _burn(glaciers.geometry.iloc[glaciers.sindex.query(window, predicate="intersects")].to_crs(crs), grid)
     outline = gpd.GeoSeries([glacier["geometry"]], crs="EPSG:4326").to_crs(crs)
     own = _burn(outline, grid)
     zone = zones[zones["buffer_m"] == selection.cloud_buffer_m]
-    near = own | (_burn(zone.geometry.to_crs(crs), grid) if len(zone) else _burn(outline.buffer(selection.cloud_buffer_m), grid))
+    buffered = zone.geometry.to_crs(crs) if len(zone) else outline.buffer(selection.cloud_buffer_m)
+    near = own | _burn(buffered, grid)
     covered = np.ones(grid.shape, dtype=bool) if selection.coverage_geometry == "region_of_interest" else own
 
     assets = [*imagery.sensor.bands.values(), imagery.sensor.scene_classification, imagery.sensor.cloud_probability]
@@ -95,6 +95,8 @@ def candidates_of_glacier(
     wanted = [b for b in imagery.sensor.bands if b in {"blue", "green", "red", "swir16"}]
     if "swir16" not in wanted or not {"blue", "green", "red"} <= set(wanted):
         wanted = list(imagery.sensor.bands)
+    if selection.shadow_nir_max is not None and "nir" not in wanted:
+        wanted.append("nir")
     rows = []
     for day, group in group_by_day(items.values()).items():
         row: dict[str, Any] = {
@@ -107,6 +109,7 @@ def candidates_of_glacier(
         try:
             image = read_image(group, imagery, grid, wanted)
             row |= score_image(image, region=covered, near=near, glaciers=ice, settings=selection)
+            row["scene_ids"] = image.attrs["scene_ids"] or row["scene_ids"]
         except (SceneError, CatalogError) as error:
             row["reason"] = f"can not be read: {error}"
         rows.append(row)
@@ -120,7 +123,9 @@ def _burn(shapes: gpd.GeoSeries, grid: Any) -> np.ndarray:
     pairs = [s for s in shapes if s is not None and not s.is_empty]
     if not pairs:
         return np.zeros(grid.shape, dtype=bool)
-    burnt: np.ndarray = rasterio.features.rasterize(pairs, out_shape=grid.shape, transform=grid.affine, dtype="uint8") == 1
+    burnt: np.ndarray = rasterio.features.rasterize(
+        pairs, out_shape=grid.shape, transform=grid.affine, dtype="uint8"
+    ).astype(bool)
     return burnt
 
 

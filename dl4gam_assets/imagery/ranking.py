@@ -18,66 +18,97 @@ from dl4gam_assets.settings import SelectionSettings, SettingsError
 from dl4gam_assets.tables import TABLES
 
 
-def acceptable(frame: pd.DataFrame, settings: SelectionSettings) -> pd.Series:
-    """Whether each candidate keeps the thresholds of coverage and cloud, and could be read."""
-    readable = frame["reason"].isna() if "reason" in frame else pd.Series(True, index=frame.index)
-    return (
-        readable
-        & (frame["coverage"].astype(float) >= settings.coverage_min)
-        & (frame["cloud_share"].astype(float) <= settings.cloud_max)
-    )
+def obstacles(frame: pd.DataFrame, settings: SelectionSettings) -> pd.Series:
+    """Why each candidate is not acceptable, in words; null where it is: readable, and within the thresholds."""
+    words = []
+    unreadable = frame["reason"] if "reason" in frame else [None] * len(frame)
+    for broken, coverage, cloud in zip(unreadable, frame["coverage"], frame["cloud_share"], strict=True):
+        found = []
+        if isinstance(broken, str) and broken:
+            found.append(broken)
+        else:
+            if not coverage >= settings.coverage_min:  # also where it is missing
+                found.append(_beyond("coverage", coverage, "below", settings.coverage_min))
+            if not cloud <= settings.cloud_max:
+                found.append(_beyond("cloud share", cloud, "above", settings.cloud_max))
+        words.append("; ".join(found) or None)
+    return pd.Series(words, index=frame.index, dtype=object)
+
+
+def _beyond(name: str, value: float, side: str, limit: float) -> str:
+    if pd.isna(value):
+        return f"{name} unknown"
+    digits = next(d for d in (2, 4, 17) if d == 17 or f"{value:.{d}f}" != f"{limit:.{d}f}")
+    return f"{name} {value:.{digits}f} {side} {limit:.{digits}f}"
 
 
 def rank_candidates(frame: pd.DataFrame, settings: SelectionSettings) -> pd.DataFrame:
     """Rank the acceptable candidates of each glacier; 1 is best.
 
     ``rank_positions`` (Alps code): the positions in cloud share and in NDSI (both rounded to 2 decimals, equal values
-    share a position) are averaged; ties go to the lower albedo, then to the earlier date.
-    ``min_max`` (modular code): cloud share, NDSI and albedo are scaled to [0, 1] within the candidates and averaged.
-    Where no candidate of a glacier has an NDSI, albedo stands for it. A missing score counts as the worst, so it can
-    never win over one that is there.
+    share a position) are averaged; ties go to the lower albedo.
+    ``min_max`` (modular code): cloud share, NDSI and albedo are scaled to [0, 1] within the candidates, where equal all
+    are 0, and averaged with equal weights; ties go to the lower albedo.
+    The last tie goes to the earlier date, so the order of the rows never matters.
+
+    Where no candidate of a glacier has an NDSI (no SWIR band, or no ice-free ground to see), albedo stands for it, and
+    ties go to the lower cloud share: albedo has been counted then, and what is dark may be shadow.
+
+    A candidate that lacks a score that another has comes after all those that have it, whatever its other scores.
 
     Returns
     -------
-    The frame with the columns ``rank`` (null: not acceptable) and ``score`` (lower is better).
+    The frame with the columns ``rank`` (null: not acceptable), ``score`` (lower is better) and ``obstacle`` (why it is
+    not acceptable).
     """
     out = frame.reset_index(drop=True)
     out["rank"] = pd.Series(pd.NA, index=out.index, dtype="Int64")
     out["score"] = np.nan
-    if not len(out):
-        return out
-    good = out[acceptable(out, settings)]
-    for _, mine in good.groupby("glacier_id", sort=False):
-        score = _scores(mine, settings)
-        albedo = mine["albedo"].astype(float).fillna(np.inf)
-        order = pd.DataFrame({"score": score, "albedo": albedo, "date": mine["date"]}).sort_values(
-            ["score", "albedo", "date"]
-        )
+    out["obstacle"] = obstacles(out, settings)
+    for _, mine in out[out["obstacle"].isna()].groupby("glacier_id", sort=False):
+        cloud, ndsi, albedo = (mine[c].astype(float) for c in ("cloud_share", "ndsi", "albedo"))
+        fallback = ndsi.isna().all()
+        snow = [albedo] if fallback else [ndsi]
+        if settings.ranking == "rank_positions":
+            score = _mean_of([_position(cloud), *map(_position, snow)])
+        else:
+            snow = snow if fallback else [ndsi, albedo]
+            score = _mean_of([_scaled(cloud), *map(_scaled, snow)])
+        order = pd.DataFrame(
+            {
+                "lacking": sum(metric.isna().astype(int) for metric in snow),
+                "score": score,
+                "tie": cloud if fallback else albedo.fillna(np.inf),
+                "date": mine["date"],
+            }
+        ).sort_values(["lacking", "score", "tie", "date"])
         out.loc[order.index, "rank"] = np.arange(1, len(order) + 1)
         out.loc[order.index, "score"] = order["score"]
     return out
 
 
-def _scores(mine: pd.DataFrame, settings: SelectionSettings) -> pd.Series:
-    cloud, ndsi, albedo = (mine[c].astype(float) for c in ("cloud_share", "ndsi", "albedo"))
-    snow = ndsi if ndsi.notna().any() else albedo
-    if settings.ranking == "rank_positions":
-        positions = [s.round(2).rank(method="min", na_option="bottom") for s in (cloud, snow)]
-        return sum(positions[1:], positions[0]) / len(positions)
-    metrics = [cloud, ndsi, albedo] if ndsi.notna().any() else [cloud, albedo]
-    scaled = []
-    for metric in metrics:
-        span = metric.max() - metric.min()
-        scaled.append(((metric - metric.min()) / span if span > 0 else metric * 0.0).fillna(1.0 + 1e-6))
-    return sum(scaled[1:], scaled[0]) / len(scaled)
+def _position(metric: pd.Series) -> pd.Series:
+    """Position among the candidates after rounding, 1 is lowest; equal ones share it, missing ones are last."""
+    return metric.round(2).rank(method="min", na_option="bottom")
+
+
+def _scaled(metric: pd.Series) -> pd.Series:
+    """Scaled to [0, 1] among the candidates; 0 where all are equal, 1 where missing."""
+    low, span = metric.min(), metric.max() - metric.min()
+    scaled = (metric - low) / span if span > 0 else metric * 0.0
+    return scaled.fillna(1.0)
+
+
+def _mean_of(parts: list[pd.Series]) -> pd.Series:
+    return sum(parts[1:], parts[0]) / len(parts)
 
 
 def select_scenes(frame: pd.DataFrame, year: int, overrides: pd.DataFrame | None = None) -> pd.DataFrame:
     """Choose the best candidate of each glacier, and say of each candidate why.
 
-    Override rows (glacier_id, year, date) win: a date chooses that candidate even if it misses the thresholds,
-    ``reject`` (a null date) leaves the glacier without an image in that year. A glacier without an acceptable candidate
-    has no selected row.
+    Override rows (glacier_id, year, date) win: a date chooses that candidate even if it misses the thresholds, unless it
+    can not be read; ``reject`` (a null date) leaves the glacier without an image in that year. A glacier without an
+    acceptable candidate has no selected row.
 
     Parameters
     ----------
@@ -94,30 +125,34 @@ def select_scenes(frame: pd.DataFrame, year: int, overrides: pd.DataFrame | None
     parts = []
     for glacier_id, group in frame.groupby("glacier_id", sort=True):
         forced = mine is not None and glacier_id in mine.index
-        parts.append(_choose(group.sort_values("date").copy(), mine[glacier_id] if forced else None, forced))
+        date = mine[glacier_id] if mine is not None and forced else None
+        parts.append(_choose(group.sort_values("date").copy(), date, forced))
     return pd.concat(parts, ignore_index=True)[names]
 
 
 def _choose(group: pd.DataFrame, date: pd.Timestamp | None, forced: bool) -> pd.DataFrame:
     ranked = int(group["rank"].notna().sum())
     group["selected"] = (group["rank"] == 1).fillna(False).astype(bool)
-    unreadable = group["reason"] if "reason" in group else pd.Series(None, index=group.index)
+    readable = ~group["coverage"].isna()
+    words = [_words(row, ranked) for _, row in group.iterrows()]
+    if not forced:
+        group["reason"] = [f"selected: {w}" if s else w for s, w in zip(group["selected"], words, strict=True)]
+        return group
+    if pd.isna(date):
+        wanted = pd.Series(False, index=group.index)
+        verdict = "override: no image of this year is used"
+    else:
+        wanted = group["date"].dt.normalize() == pd.Timestamp(date)
+        verdict = f"override: {pd.Timestamp(date):%Y-%m-%d} was asked for"
+        if not wanted.any():
+            verdict += ", but no scene of that day was found"
+    group["selected"] = wanted & readable
     group["reason"] = [
-        str(broken) if isinstance(broken, str) and broken else _words(row, ranked)
-        for broken, (_, row) in zip(unreadable, group.iterrows(), strict=True)
+        (f"selected: override by the user ({w})" if can_be else f"override: asked for, but {w}")
+        if is_wanted
+        else f"{verdict} ({w})"
+        for is_wanted, can_be, w in zip(wanted, readable, words, strict=True)
     ]
-    if forced:
-        wanted = (
-            pd.Series(False, index=group.index) if pd.isna(date) else group["date"].dt.normalize() == pd.Timestamp(date)
-        )
-        verdict = "override: no image of this year is used" if pd.isna(date) else "override: another date was asked for"
-        if not pd.isna(date) and not wanted.any():
-            verdict = f"override: {pd.Timestamp(date):%Y-%m-%d} was asked for, but no scene of that day was found"
-        group["reason"] = [
-            f"selected: override by the user ({r})" if w else f"{verdict} ({r})"
-            for w, r in zip(wanted, group["reason"], strict=True)
-        ]
-        group["selected"] = wanted
     return group
 
 
@@ -125,12 +160,12 @@ def _words(row: pd.Series, ranked: int) -> str:
     def number(value: object) -> str:
         return "unknown" if pd.isna(value) else f"{float(value):.2f}"  # type: ignore[arg-type]
 
-    scores = f"cloud {number(row['cloud_share'])}, NDSI {number(row['ndsi'])}, albedo {number(row['albedo'])}"
-    if pd.isna(row["rank"]):
-        return f"not acceptable: coverage {number(row['coverage'])}, {scores}"
-    if int(row["rank"]) == 1:
-        return f"selected: rank 1 of {ranked} ({scores})"
-    return f"rank {int(row['rank'])} of {ranked} ({scores})"
+    obstacle = row.get("obstacle")
+    if isinstance(obstacle, str) and obstacle:
+        return obstacle
+    kind = str(row.get("snow_score") or "ndsi")
+    snow = f"NDSI {number(row['ndsi'])}" if kind == "ndsi" else f"{kind} {number(row['albedo'])}, no NDSI"
+    return f"rank {int(row['rank'])} of {ranked} (cloud {number(row['cloud_share'])}, {snow})"
 
 
 def read_overrides(path: Path, glaciers: pd.DataFrame, years: Collection[int]) -> pd.DataFrame:
@@ -156,9 +191,12 @@ def read_overrides(path: Path, glaciers: pd.DataFrame, years: Collection[int]) -
         if missing:
             raise SettingsError(f"override file {path}: columns {sorted(missing)} are missing in the first line")
         seen: set[tuple[str, int]] = set()
-        for number, line in enumerate(reader, start=2):
+        for line in reader:
             glacier, year_text, date_text = ((line[k] or "").strip() for k in ("glacier_id", "year", "date"))
-            where = f"line {number}"
+            where = f"line {reader.line_num}"
+            if None in line:
+                problems.append(f"{where}: more values than columns")
+                continue
             if glacier not in known:
                 problems.append(f"{where}: glacier {glacier!r} is not in the inventory")
                 continue

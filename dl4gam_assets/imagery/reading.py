@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,9 +21,10 @@ import rasterio
 import rasterio.warp
 import rasterio.windows
 import xarray as xr
+from rasterio._err import CPLE_BaseError  # what a warp of a damaged file raises; rasterio.errors does not export it
 from rasterio.enums import Resampling
 
-from dl4gam_assets.imagery.catalogs import asset_of, band_metadata
+from dl4gam_assets.imagery.catalogs import asset_of, band_metadata, footprint, local_path, lonlat_box
 from dl4gam_assets.settings import ImagerySettings, SensorSettings
 
 if TYPE_CHECKING:
@@ -42,18 +44,41 @@ class SceneError(RuntimeError):
     """A scene that can not be used. The message names the file or item."""
 
 
-@functools.lru_cache(maxsize=96)
-def _source(href: str) -> Any:
+_THREAD = threading.local()  # GDAL datasets must not be shared between threads
+
+
+def _open(href: str, stamp: tuple[int, int] | None) -> Any:
     try:
-        with rasterio.Env(**GDAL_OPTIONS):
-            return rasterio.open(href)
+        source = rasterio.open(href)
     except rasterio.errors.RasterioIOError as error:
         raise SceneError(f"scene file {href} can not be opened: {error}") from error
+    if source.crs is None:
+        raise SceneError(f"scene file {href} has no coordinate reference system")
+    return source
+
+
+def _opened() -> Any:
+    if not hasattr(_THREAD, "opened"):
+        _THREAD.opened = functools.lru_cache(maxsize=96)(_open)
+    return _THREAD.opened
+
+
+def _source(href: str) -> Any:
+    """The open file of an address; a local file that was replaced is opened again."""
+    stamp = None
+    local = local_path(href)
+    if local is not None:
+        try:
+            stat = local.stat()
+        except OSError as error:
+            raise SceneError(f"scene file {href} can not be opened: {error.strerror}") from error
+        stamp = (stat.st_size, stat.st_mtime_ns)
+    return _opened()(href, stamp)
 
 
 def forget_files() -> None:
-    """Close the files that this process keeps open."""
-    _source.cache_clear()
+    """Close the files that this thread keeps open."""
+    _opened().cache_clear()
 
 
 def read_image(
@@ -75,7 +100,8 @@ def read_image(
     Returns
     -------
     Dataset with ``reflectance`` float32 (band, y, x), unit 1, NaN where missing; ``cloud`` bool (y, x), false without
-    a cloud mask; ``missing`` bool (y, x), where any band is missing.
+    a cloud mask; ``missing`` bool (y, x), where any of the bands is missing. The attribute ``scene_ids`` names the
+    items that gave pixels, in order, joined by ``+``.
 
     Raises
     ------
@@ -89,6 +115,7 @@ def read_image(
     reflectance = np.full((len(names), *geobox.shape), np.nan, dtype=np.float32)
     cloud = np.zeros(geobox.shape, dtype=bool)
     missing = np.ones(geobox.shape, dtype=bool)
+    used: list[str] = []
     with rasterio.Env(**GDAL_OPTIONS):
         for item in _by_cover(items, geobox):
             if 1.0 - missing.mean() >= imagery.selection.single_tile_coverage:
@@ -101,6 +128,7 @@ def read_image(
             reflectance[:, fresh] = values[:, fresh]
             cloud[fresh] = _cloud(item, sensor, geobox)[fresh]
             missing &= absent
+            used.append(item.id)
     return xr.Dataset(
         {
             "reflectance": (("band", "y", "x"), reflectance),
@@ -108,17 +136,15 @@ def read_image(
             "missing": (("y", "x"), missing),
         },
         coords={"band": names},
+        attrs={"scene_ids": "+".join(used)},
     )
 
 
 def _by_cover(items: Sequence[pystac.Item], geobox: GeoBox) -> list[pystac.Item]:
-    import shapely
-    import shapely.geometry
-
     if len(items) < 2:
         return list(items)
-    window = shapely.box(*rasterio.warp.transform_bounds(str(geobox.crs), "EPSG:4326", *geobox.boundingbox))
-    cover = [shapely.intersection(shapely.geometry.shape(i.geometry), window).area / window.area for i in items]
+    window = lonlat_box(rasterio.warp.transform_bounds(str(geobox.crs), "EPSG:4326", *geobox.boundingbox))
+    cover = [footprint(item).intersection(window).area / window.area for item in items]
     order = sorted(range(len(items)), key=lambda k: (-round(cover[k], 2), k))
     return [items[k] for k in order]
 
@@ -143,7 +169,7 @@ def reflectance_scale(item: pystac.Item, asset: pystac.Asset, sensor: SensorSett
     SceneError
         if neither says it. It is never guessed.
     """
-    stated = band_metadata(asset)
+    stated = band_metadata(asset, _band_index(asset))
     if item.properties.get("earthsearch:boa_offset_applied"):
         stated["offset"] = 0.0
     out = []
@@ -175,25 +201,17 @@ def _onto(
     """One band on the grid as float32, NaN where missing. Aligned pixels are copied, others are resampled."""
     href = asset.get_absolute_href() or asset.href
     source = _source(href)
-    band = int(asset.extra_fields.get("band_index", 1))
+    band = _band_index(asset)
+    if band > source.count:
+        raise SceneError(f"scene file {href} has {source.count} bands, band {band} is wanted")
     nodata = None
     if mask:
-        stated = band_metadata(asset).get("nodata", sensor.nodata)
+        stated = band_metadata(asset, band).get("nodata", sensor.nodata)
         nodata = source.nodata if stated is None else float(stated)
     try:
         window = _aligned(source, geobox)
         if window is not None:
-            fill = 0 if nodata is None or np.isnan(nodata) else nodata
-            inside = rasterio.windows.Window(0, 0, source.width, source.height)
-            if not rasterio.windows.intersect(window, inside):
-                return np.full(geobox.shape, np.nan, dtype=np.float32)
-            values = source.read(band, window=window, boundless=not _within(window, source), fill_value=fill)
-            out = values.astype(np.float32)
-            if nodata is not None:
-                out[values == nodata] = np.nan
-            elif not _within(window, source):
-                out[~_covered(window, source)] = np.nan
-            return out
+            return _copy(source, band, window, nodata)
         coarse = _parallel(source, geobox)
         if coarse is not None and (nodata is None or nodata == source.nodata):
             # Same CRS, other pixel size: GDAL resamples while it reads, several times faster than a warp.
@@ -213,18 +231,18 @@ def _onto(
             resampling=resampling,
         )
         return out
-    except rasterio.errors.RasterioError as error:
-        _source.cache_clear()
+    except (rasterio.errors.RasterioError, CPLE_BaseError) as error:
+        forget_files()
         raise SceneError(f"scene file {href} can not be read: {error}; is it complete?") from error
 
 
 def _aligned(source: Any, geobox: GeoBox) -> rasterio.windows.Window | None:
     """The window of the grid in a file whose pixels coincide with it, else None."""
     a, b = source.transform, geobox.affine
-    if (a.a, a.b, a.d, a.e) != (b.a, b.b, b.d, b.e) or source.crs is None:
+    if (a.a, a.b, a.d, a.e) != (b.a, b.b, b.d, b.e) or not _same_crs(source, geobox):
         return None
     col, row = (b.c - a.c) / a.a, (b.f - a.f) / a.e
-    if abs(col - round(col)) > 1e-3 or abs(row - round(row)) > 1e-3 or source.crs.to_epsg() != geobox.crs.epsg:
+    if abs(col - round(col)) > 1e-3 or abs(row - round(row)) > 1e-3:
         return None
     return rasterio.windows.Window(round(col), round(row), geobox.shape[1], geobox.shape[0])
 
@@ -232,7 +250,7 @@ def _aligned(source: Any, geobox: GeoBox) -> rasterio.windows.Window | None:
 def _parallel(source: Any, geobox: GeoBox) -> rasterio.windows.Window | None:
     """The window of the grid in a file of the same CRS and any pixel size that contains it whole, else None."""
     a, b = source.transform, geobox.affine
-    if source.crs is None or a.b or a.d or b.b or b.d or a.a <= 0 or a.e >= 0 or source.crs.to_epsg() != geobox.crs.epsg:
+    if a.b or a.d or b.b or b.d or a.a <= 0 or a.e >= 0 or not _same_crs(source, geobox):
         return None
     if a.a > 4 * b.a or b.a > a.a:  # averaging of finer pixels is left to the warp
         return None
@@ -251,16 +269,35 @@ def _within(window: rasterio.windows.Window, source: Any) -> bool:
     )
 
 
-def _covered(window: rasterio.windows.Window, source: Any) -> np.ndarray:
-    rows = np.arange(window.height) + window.row_off
-    cols = np.arange(window.width) + window.col_off
-    inside: np.ndarray = ((rows >= 0) & (rows < source.height))[:, None] & ((cols >= 0) & (cols < source.width))[None, :]
-    return inside
+def _same_crs(source: Any, geobox: GeoBox) -> bool:
+    """Whether both have the same EPSG code; a CRS without one is never taken for another."""
+    code = geobox.crs.epsg if geobox.crs is not None else None
+    return code is not None and source.crs.to_epsg() == code
+
+
+def _copy(source: Any, band: int, window: rasterio.windows.Window, nodata: float | None) -> np.ndarray:
+    """A window of whole pixels, which may reach beyond the file, as float32 with NaN where there is nothing."""
+    out = np.full((window.height, window.width), np.nan, dtype=np.float32)
+    top, left = max(window.row_off, 0), max(window.col_off, 0)
+    bottom = min(window.row_off + window.height, source.height)
+    right = min(window.col_off + window.width, source.width)
+    if bottom <= top or right <= left:
+        return out
+    values = source.read(band, window=rasterio.windows.Window(left, top, right - left, bottom - top))
+    inside = out[top - window.row_off : bottom - window.row_off, left - window.col_off : right - window.col_off]
+    inside[:] = values
+    if nodata is not None:
+        inside[values == nodata] = np.nan
+    return out
+
+
+def _band_index(asset: pystac.Asset) -> int:
+    return int(asset.extra_fields.get("band_index", 1))
 
 
 @contextlib.contextmanager
-def closing_files() -> Any:
-    """Close all files when the block ends (tests on platforms that lock open files)."""
+def closing_files() -> Iterator[None]:
+    """Close all files of this thread when the block ends (tests on platforms that lock open files)."""
     try:
         yield
     finally:

@@ -34,7 +34,7 @@ def simulated_inputs(ws: Workspace, *, force: bool = False) -> StageResult:
     years = list(range(ws.region.years.first, last + 1))
 
     def work() -> tuple[str, dict[str, Any], dict[str, bytes]]:
-        from dl4gam_assets import synthetic
+        import dl4gam_assets.synthetic as synthetic
 
         if settings.kind == "demo":
             size = {"size_px": settings.size_px} if settings.size_px else {}

@@ -160,7 +160,7 @@ def test_every_candidate_has_its_reason() -> None:
     chosen = select_scenes(rank_candidates(frame, S), 2020)
     assert chosen["selected"].tolist() == [True, False, False]
     assert chosen["reason"].iloc[0].startswith("selected: rank 1 of 1 (cloud 0.02, NDSI 0.11")
-    assert chosen["reason"].iloc[1].startswith("not acceptable: coverage 1.00, cloud 0.62")
+    assert chosen["reason"].iloc[1] == "cloud share 0.62 above 0.30"
     assert chosen["reason"].iloc[2] == "can not be read: a.tif"
     TABLES["scenes"].conform(chosen, {"year": 2020})
 
