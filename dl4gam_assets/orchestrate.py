@@ -19,8 +19,10 @@ from pathlib import Path
 import dagster as dg
 from dagster._core.storage.tags import ASSET_PARTITION_RANGE_END_TAG, ASSET_PARTITION_RANGE_START_TAG
 
-from dl4gam_assets.partitions import Partitions
+from dl4gam_assets.partitions import Partitions, fold_of, member_of, year_of
 from dl4gam_assets.settings import Region
+from dl4gam_assets.stages.base import Workspace
+from dl4gam_assets.stages.registry import is_current
 from dl4gam_assets.storage import Storage
 
 #: Families in the order of the graph: (partition family, assets that share one run).
@@ -128,6 +130,7 @@ def materialize(
     wanted_folds = list(folds) if folds is not None else list(range(1, region.folds.n + 1))
     known = {key.to_user_string() for key in definitions.resolve_asset_graph().get_all_asset_keys()}
     outcome = Outcome()
+    workspace = Workspace(region, storage)
     logging.getLogger("dagster").setLevel(logging.ERROR)
     with instance(storage) as opened:
         for family, assets in FAMILIES:
@@ -136,6 +139,9 @@ def materialize(
                 continue
             say(f"{', '.join(names)}")
             ranges = _ranges(partitions, family, wanted_years, wanted_folds)
+            if all(_range_is_current(partitions, family, key_range, names, workspace) for key_range in ranges):
+                say("  up to date")
+                continue
             start = time.perf_counter()
             before = time.time()
             count = 0
@@ -164,6 +170,24 @@ def materialize(
     return outcome
 
 
+def _range_is_current(
+    partitions: Partitions, family: str, key_range: tuple[str, str] | None, assets: Sequence[str], ws: Workspace
+) -> bool:
+    """Whether nothing in a range has to be made: then it needs no run."""
+    if key_range is None:
+        keys: Sequence[str] = [""]
+    else:
+        keys = _definition(partitions, family).get_partition_keys_in_range(dg.PartitionKeyRange(*key_range))
+    readers: dict[str, Callable[[str], tuple[int, ...]]] = {
+        "none": lambda key: (),
+        "year": lambda key: (year_of(key),),
+        "fold": lambda key: (fold_of(key),),
+        "year_fold": lambda key: (year_of(key), fold_of(key)),
+        "fold_member": lambda key: (fold_of(key), member_of(key)),
+    }
+    return all(is_current(ws, asset, readers[family](key)) for key in keys for asset in assets)
+
+
 def _failures(result: dg.ExecuteInProcessResult) -> list[str]:
     found = []
     for event in result.all_events:
@@ -180,7 +204,8 @@ def _failures(result: dg.ExecuteInProcessResult) -> list[str]:
             if not check.passed and check.severity == dg.AssetCheckSeverity.ERROR:
                 what = check.metadata.get("what_to_do")
                 found.append(
-                    f"check {check.check_name} of {check.asset_key.to_user_string()}: {what.value if what else 'failed'}"
+                    f"check {check.check_name} of {check.asset_key.to_user_string()}: "
+                    f"{what.value if what else 'failed'}"
                 )
     return found or ["a run failed before its first step"]
 

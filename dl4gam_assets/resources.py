@@ -82,7 +82,7 @@ class WorkspaceResource(dg.ConfigurableResource):
             mapper=self.compute.mapper(settings),
             device=self.device.name(settings),
             logger=context.log,
-            run_id=context.run_id,
+            run_id=context.run.run_id,
         )
 
 

@@ -260,7 +260,7 @@ def test_areas_refuse_maps_that_are_older_than_their_cubes(small: Small, tmp_pat
 
 def test_a_missing_upstream_is_named(tmp_path: Path) -> None:
     fresh = Small(tmp_path)
-    with pytest.raises(UpstreamError, match=r"inventory_outlines \[all\] is not there yet"):
+    with pytest.raises(UpstreamError, match=r"simulated_inputs \[all\] is not there yet"):
         imagery_stages.scene_candidates(Workspace(fresh.region, fresh.storage, Mapper(1)), 2016)
 
 

@@ -5,7 +5,7 @@ Does not belong here: assets.
 """
 
 import base64
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import dagster as dg
@@ -29,50 +29,64 @@ def each_partition(
 
     A partition that fails is logged and the next one is done; the run then fails with all their names.
     """
-    if not _partitioned(context):
-        attach(context, None, stage(ws, ""))
+    if not (context.has_partition_key or context.has_partition_key_range):
+        result = stage(ws, "")
+        context.add_asset_metadata(metadata_of(result))
+        _say(context, result)
         return
-    errors: list[tuple[str, Exception]] = []
+    results: dict[str, StageResult | Exception] = {}
     for key in context.partition_keys:
         try:
-            attach(context, key, stage(ws, key))
+            results[key] = stage(ws, key)
         except Exception as error:
             context.log.error(f"{context.asset_key.to_user_string()} [{key}]: {error}")
-            errors.append((key, error))
-    raise_errors(context, errors)
+            results[key] = error
+    attach(context, results)
 
 
 def all_partitions(
     context: dg.AssetExecutionContext,
     ws: Workspace,
-    stage: Callable[[Workspace, Sequence[str]], dict[str, StageResult | Exception]],
+    stage: Callable[[Workspace, Sequence[str]], Mapping[str, StageResult | Exception]],
 ) -> None:
     """Like :func:`each_partition` for a stage that works on several partitions at once."""
-    results = stage(ws, list(context.partition_keys))
-    errors = []
+    attach(context, stage(ws, list(context.partition_keys)))
+
+
+def attach(context: dg.AssetExecutionContext, results: Mapping[str, StageResult | Exception]) -> None:
+    """Show each partition's metadata and pictures on its materialization; raise if any partition failed.
+
+    A failed run records no materialization of its own, so those of the partitions that were made are logged first.
+
+    Raises
+    ------
+    dagster.Failure
+        with the name and error of each failed partition.
+    """
+    errors = {key: result for key, result in results.items() if isinstance(result, Exception)}
     for key in context.partition_keys:
         result = results[key]
         if isinstance(result, Exception):
-            errors.append((key, result))
+            continue
+        _say(context, result)
+        if errors:
+            event = dg.AssetMaterialization(context.asset_key, partition=key, metadata=metadata_of(result))
+            context.log_event(event)
         else:
-            attach(context, key, result)
-    raise_errors(context, errors)
+            context.add_asset_metadata(metadata_of(result), partition_key=key)
+    if errors:
+        lines = "\n".join(f"  {key}: {error}" for key, error in errors.items())
+        message = f"{len(errors)} of {len(results)} partitions failed:\n{lines}"
+        raise dg.Failure(description=message) from next(iter(errors.values()))
 
 
-def raise_errors(context: dg.AssetExecutionContext, errors: Sequence[tuple[str, Exception]]) -> None:
-    if not errors:
-        return
-    lines = "\n".join(f"  {key}: {error}" for key, error in errors)
-    message = f"{len(errors)} of {len(context.partition_keys)} partitions failed:\n{lines}"
-    raise dg.Failure(description=message) from errors[0][1]
-
-
-def attach(context: dg.AssetExecutionContext, key: str | None, result: StageResult) -> None:
-    """Show a stage's metadata and pictures on the materialization."""
+def metadata_of(result: StageResult) -> dict[str, Any]:
+    """A stage's metadata and pictures as Dagster shows them."""
     metadata = {name: _value(value) for name, value in result.metadata.items() if value is not None}
-    for title, content in result.previews.items():
-        metadata[title] = picture(content, title)
-    context.add_asset_metadata(metadata, partition_key=key)
+    return metadata | {title: picture(content, title) for title, content in result.previews.items()}
+
+
+def _say(context: dg.AssetExecutionContext, result: StageResult) -> None:
     done = "unchanged" if result.unchanged else "made"
     context.log.info(f"{context.asset_key.to_user_string()} [{result.partition}] {done}: {_short(result.metadata)}")
 
@@ -99,6 +113,3 @@ def _short(metadata: dict[str, Any]) -> str:
     plain = {k: v for k, v in metadata.items() if isinstance(v, int | float | str) and k != "unchanged"}
     return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in list(plain.items())[:8])
 
-
-def _partitioned(context: dg.AssetExecutionContext) -> bool:
-    return context.has_partition_key or context.has_partition_key_range

@@ -38,7 +38,6 @@ def build(p: Partitions) -> list[dg.AssetsDefinition]:
     @dg.asset(
         group_name=GROUP, owners=OWNERS, kinds={"torch"}, partitions_def=p.fold_member, backfill_policy=policy,
         deps=[dg.AssetDep(normalization, partition_mapping=p.of_fold), baseline_cubes], pool="device",
-        retry_policy=dg.RetryPolicy(max_retries=1, delay=5),
     )  # fmt: skip
     def ensemble_member(
         context: dg.AssetExecutionContext,

@@ -113,10 +113,7 @@ def candidates_of_glacier(
         except (SceneError, CatalogError) as error:
             row["reason"] = f"can not be read: {error}"
         rows.append(row)
-    frame = pd.DataFrame(rows)
-    if "reason" not in frame:
-        frame["reason"] = None
-    return frame
+    return TABLES["candidates"].conform(pd.DataFrame(rows).assign(year=year)).drop(columns="year")
 
 
 def _burn(shapes: gpd.GeoSeries, grid: Any) -> np.ndarray:

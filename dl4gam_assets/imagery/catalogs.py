@@ -253,7 +253,7 @@ def group_by_day(items: Iterable[pystac.Item]) -> dict[dt.date, list[pystac.Item
     days: dict[dt.date, list[pystac.Item]] = {}
     for item in sorted(items, key=_processing, reverse=True):
         days.setdefault(solar_day(item), []).append(item)
-    out: dict[str, str] = {}
+    out: dict[dt.date, list[pystac.Item]] = {}
     for day in sorted(days):
         seen: dict[str, shapely.Geometry] = {}
         out[day] = []

@@ -106,8 +106,8 @@ def _mean_of(parts: list[pd.Series]) -> pd.Series:
 def select_scenes(frame: pd.DataFrame, year: int, overrides: pd.DataFrame | None = None) -> pd.DataFrame:
     """Choose the best candidate of each glacier, and say of each candidate why.
 
-    Override rows (glacier_id, year, date) win: a date chooses that candidate even if it misses the thresholds, unless it
-    can not be read; ``reject`` (a null date) leaves the glacier without an image in that year. A glacier without an
+    Override rows (glacier_id, year, date) win: a date chooses that candidate even if it misses the thresholds, unless
+    it can not be read; ``reject`` (a null date) leaves the glacier without an image in that year. A glacier without an
     acceptable candidate has no selected row.
 
     Parameters
@@ -163,6 +163,8 @@ def _words(row: pd.Series, ranked: int) -> str:
     obstacle = row.get("obstacle")
     if isinstance(obstacle, str) and obstacle:
         return obstacle
+    if pd.isna(row["rank"]):
+        return "not acceptable"
     kind = str(row.get("snow_score") or "ndsi")
     snow = f"NDSI {number(row['ndsi'])}" if kind == "ndsi" else f"{kind} {number(row['albedo'])}, no NDSI"
     return f"rank {int(row['rank'])} of {ranked} (cloud {number(row['cloud_share'])}, {snow})"

@@ -3,8 +3,9 @@
 Belongs here: reading windows, scale and offset, mosaicking, cloud and missing masks.
 Does not belong here: judging an image (``scores``).
 
-Files are read by windows with rasterio rather than by odc.stac.load: a glacier's window of an aligned band takes a few
-milliseconds, and the set-up of a dask-free odc.stac.load call alone takes several times that for each date.
+Files are read by windows with rasterio rather than by odc.stac.load, with the same digital numbers: for one
+date of a glacier (six local 10 and 20 m files, a window of 250 pixels) it took 20 to 25 ms against 79 to 86 ms on a
+busy two-core machine, most of which odc-stac spends on setting up the load and on opening the files again.
 """
 
 from __future__ import annotations

@@ -87,6 +87,7 @@ class Workspace:
     device: str = "auto"
     logger: Any = log
     run_id: str | None = None
+    probe: bool = False  # only say whether partitions are unchanged; do no work
 
     @property
     def site(self) -> Site:
@@ -200,8 +201,13 @@ def run_stage(
     """
     wanted = input_fingerprint(inputs)
     state = ws.storage.read_state(asset, partition)
-    if state and state["input"] == wanted and not force and not state.get("failed"):
-        return StageResult(partition, {**state.get("metadata", {}), "unchanged": True}, {}, unchanged=True)
+    current = bool(state and state["input"] == wanted and not force and not state.get("failed"))
+    if ws.probe:
+        return StageResult(partition, unchanged=current)
+    if state and current:
+        return StageResult(
+            partition, {**state.get("metadata", {}), "unchanged": True}, _stored_previews(ws, asset, partition), True
+        )
     start = time.perf_counter()
     output, metadata, previews = work()
     seconds = time.perf_counter() - start
@@ -214,7 +220,23 @@ def run_stage(
         metadata=metadata,
         failed=int(metadata.get("failed_glaciers", 0)),
     )
+    for title, content in previews.items():
+        with ws.storage.writing(_preview_path(ws, asset, partition, title)) as temporary:
+            temporary.write_bytes(content)
     return StageResult(partition, {**metadata, "seconds": round(seconds, 2)}, previews)
+
+
+def _preview_path(ws: Workspace, asset: str, partition: str, title: str) -> Any:
+    return ws.storage.path("previews", asset, f"{partition}--{title}.img")
+
+
+def _stored_previews(ws: Workspace, asset: str, partition: str) -> dict[str, bytes]:
+    """Pictures of an unchanged partition, as they were made."""
+    folder = ws.storage.path("previews", asset)
+    if not folder.exists():
+        return {}
+    found = sorted(folder.glob(f"{partition}--*.img"), key=str)
+    return {path.name.removeprefix(f"{partition}--").removesuffix(".img"): path.read_bytes() for path in found}
 
 
 def input_fingerprint(inputs: Mapping[str, Any]) -> str:

@@ -209,11 +209,15 @@ def ensemble_members(
         label = fold_member_label(fold, member)
         state = ws.storage.read_state("ensemble_member", label)
         stored = (ws.storage.model(fold, member) / "model.safetensors").exists()
-        if state and state["input"] == fingerprint_now and stored and not force:
-            out[key] = StageResult(label, {**state.get("metadata", {}), "unchanged": True}, {}, unchanged=True)
+        current = bool(state and state["input"] == fingerprint_now and stored and not force)
+        if ws.probe:
+            out[key] = StageResult(label, unchanged=current)
+        elif state and current:
+            metadata = {**state.get("metadata", {}), "unchanged": True}
+            out[key] = StageResult(label, metadata, _stored_curves(ws, fold, member), unchanged=True)
         else:
             todo[key] = (fold, member, fingerprint_now)
-    if not todo:
+    if ws.probe or not todo:
         return out
     packed, _ = pack(ws)
     at_once = min(ws.mapper.workers, len(todo)) if choose_device(ws.device) == "cpu" else 1
@@ -227,6 +231,19 @@ def ensemble_members(
         fold, member, now = todo[done.key]
         out[done.key] = _store_member(ws, fold, member, now, done)
     return out
+
+
+def _stored_curves(ws: Workspace, fold: int, member: int) -> dict[str, bytes]:
+    path = ws.storage.model(fold, member) / "history.parquet"
+    if not path.exists():
+        return {}
+    with ws.storage.reading(path) as local:
+        return _curves(pd.read_parquet(local), fold_member_label(fold, member))
+
+
+def _curves(history: pd.DataFrame, label: str) -> dict[str, bytes]:
+    columns = ["train_loss", "validation_loss", "validation_iou"]
+    return {"training curves": previews.curves(history, "epoch", columns, label)}
 
 
 def _store_member(ws: Workspace, fold: int, member: int, wanted: str, done: Done) -> StageResult | Exception:
@@ -247,8 +264,7 @@ def _store_member(ws: Workspace, fold: int, member: int, wanted: str, done: Done
         "encoder_weights": ws.region.model.encoder_weights or "none (random)",
     }
     ws.finish("ensemble_member", label, wanted, row["sha256"], row["seconds"], metadata=metadata)
-    picture = previews.curves(history, "epoch", ["train_loss", "validation_loss", "validation_iou"], label)
-    return StageResult(label, metadata, {"training curves": picture})
+    return StageResult(label, metadata, _curves(history, label))
 
 
 # --------------------------------------------------------------------------------------------- ensemble, calibration

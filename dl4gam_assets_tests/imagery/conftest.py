@@ -44,8 +44,9 @@ def make_item(tmp_path: Path) -> ItemMaker:
     """Make an item with its files: ``make_item("a", "2020-08-10", green=0.5, ...)``; reflectances are constants."""
 
     def make(
-        name: str, day: str, *, tile: str = "T1", west: float = WEST, baseline: str = "03.00", offset: float | None = 0.0,
-        scale: float | None = 1e-4, cloud: np.ndarray | None = None, empty: np.ndarray | None = None, **reflectance: Any,
+        name: str, day: str, *, tile: str = "T1", west: float = WEST, baseline: str = "03.00",
+        offset: float | None = 0.0, scale: float | None = 1e-4,
+        cloud: np.ndarray | None = None, empty: np.ndarray | None = None, **reflectance: Any,
     ) -> pystac.Item:  # fmt: skip
         bounds = (west, NORTH - SIZE * 10, west + SIZE * 10, NORTH)
         footprint = shapely.box(*rasterio.warp.transform_bounds(CRS, "EPSG:4326", *bounds))

@@ -15,7 +15,8 @@ from dl4gam_assets_tests.imagery.conftest import WEST, ItemMaker, save_catalog, 
 
 
 def test_a_catalog_on_disk_is_searched_in_space_and_time(make_item: ItemMaker, tmp_path: Path) -> None:
-    items = [make_item("a", "2020-08-10"), make_item("b", "2020-09-10"), make_item("far", "2020-08-10", west=WEST + 9000)]
+    items = [make_item("a", "2020-08-10"), make_item("b", "2020-09-10")]
+    items.append(make_item("far", "2020-08-10", west=WEST + 9000))
     save_catalog(items, tmp_path)
     catalog = open_catalog(StacFolder(path="stac/catalog.json"), tmp_path, SensorSettings())
     box = items[0].bbox

@@ -1,0 +1,66 @@
+"""Every asset's stage by name, and whether a partition is up to date.
+
+Belongs here: the one list that joins asset names to stages for callers that know names only (the command line).
+Does not belong here: work, Dagster.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+
+from dl4gam_assets.stages import (
+    areas,
+    change,
+    cubes,
+    imagery,
+    inventory,
+    predictions,
+    publication,
+    simulation,
+    terrain,
+    training,
+)
+from dl4gam_assets.stages.base import StageResult, UpstreamError, Workspace
+
+#: asset -> stage; arguments after the workspace are the partition's numbers (year, fold) in that order.
+STAGES: dict[str, Callable[..., StageResult]] = {
+    "simulated_inputs": simulation.simulated_inputs,
+    "inventory_outlines": inventory.inventory_outlines,
+    "debris_outlines": inventory.debris_outlines,
+    "glacier_zones": inventory.glacier_zones,
+    "cross_validation_folds": inventory.cross_validation_folds,
+    "elevation": terrain.elevation,
+    "scene_candidates": imagery.scene_candidates,
+    "selected_scenes": imagery.selected_scenes,
+    "elevation_change": terrain.elevation_change,
+    "glacier_cubes": cubes.glacier_cubes,
+    "normalization": training.normalization,
+    "ensemble": training.ensemble,
+    "calibration": training.calibration,
+    "band_ratio_baseline": training.band_ratio_baseline,
+    "glacier_predictions": predictions.glacier_predictions,
+    "evaluation": predictions.evaluation,
+    "interval_taus": areas.interval_taus,
+    "glacier_areas": areas.glacier_areas,
+    "glacier_outlines": areas.glacier_outlines,
+    "baseline_areas": areas.baseline_areas,
+    "area_change": change.area_change,
+    "regional_change": change.regional_change,
+    "results_database": publication.results_database,
+    "report": publication.report,
+    "stac_catalog": publication.stac_catalog,
+}
+
+
+def is_current(ws: Workspace, asset: str, numbers: Iterable[int] = ()) -> bool:
+    """Whether a partition was made, without failures, from what its inputs are now. ``numbers``: year, fold, member."""
+    probe = dataclasses.replace(ws, probe=True)
+    try:
+        if asset == "ensemble_member":
+            fold, member = numbers
+            result = training.ensemble_members(probe, {"": (fold, member)})[""]
+            return isinstance(result, StageResult) and result.unchanged
+        return STAGES[asset](probe, *numbers).unchanged
+    except (UpstreamError, OSError):
+        return False

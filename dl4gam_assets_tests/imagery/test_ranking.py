@@ -1,0 +1,130 @@
+"""The two published rankings against independent statements of them, on many random candidates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dl4gam_assets.imagery import rank_candidates, select_scenes
+from dl4gam_assets.settings import SelectionSettings
+from dl4gam_assets.tables import TABLES
+
+_cloud = st.floats(0, 0.3)
+_score = st.floats(-1, 1)
+_rows = st.lists(st.tuples(_cloud, _score, st.floats(0, 1)), min_size=1, max_size=8)
+
+
+def _frame(rows: list[tuple[Any, Any, Any]], glacier: str = "g") -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "glacier_id": glacier,
+            "date": pd.date_range("2020-08-01", periods=len(rows)),
+            "coverage": 1.0,
+            "cloud_share": [r[0] for r in rows],
+            "ndsi": pd.array([r[1] for r in rows], dtype="Float64").to_numpy(float, na_value=np.nan),
+            "albedo": pd.array([r[2] for r in rows], dtype="Float64").to_numpy(float, na_value=np.nan),
+            "scene_ids": [f"s{i}" for i in range(len(rows))],
+            "hrefs": "{}",
+            "checksums": "{}",
+            "ndsi_pixels": 99,
+            "albedo_pixels": 99,
+            "snow_score": "ndsi",
+            "reason": None,
+        }
+    )
+
+
+@settings(max_examples=80, deadline=None)
+@given(_rows)
+def test_rank_positions_against_counting(rows: list[tuple[float, float, float]]) -> None:
+    ranked = rank_candidates(_frame(rows), SelectionSettings())
+
+    def position(column: int, i: int) -> int:
+        return sum(round(other[column], 2) < round(rows[i][column], 2) for other in rows)
+
+    keys = [((position(0, i) + position(1, i)) / 2, rows[i][2], i) for i in range(len(rows))]
+    expected = [sorted(keys).index(key) + 1 for key in keys]
+    assert ranked["rank"].tolist() == expected
+
+
+@settings(max_examples=80, deadline=None)
+@given(_rows)
+def test_min_max_against_its_definition(rows: list[tuple[float, float, float]]) -> None:
+    ranked = rank_candidates(_frame(rows), SelectionSettings(ranking="min_max"))
+    values = np.array(rows)
+    span = np.ptp(values, axis=0)
+    quality = np.ones_like(values)  # scaled, inverted: 1 is best
+    quality[:, span > 0] = 1 - (values - values.min(axis=0))[:, span > 0] / span[span > 0]
+    highest = quality.mean(axis=1)
+    np.testing.assert_allclose(ranked["score"], 1 - highest, atol=1e-12)
+    assert highest[int(np.argmin(ranked["rank"]))] == pytest.approx(highest.max(), abs=1e-12)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.lists(st.tuples(_cloud, st.one_of(st.none(), _score), st.floats(0, 1)), min_size=2, max_size=8),
+    st.sampled_from(["rank_positions", "min_max"]),
+)
+def test_a_candidate_without_its_score_comes_after_all_that_have_it(rows: Any, ranking: Any) -> None:
+    ranked = rank_candidates(_frame(rows), SelectionSettings(ranking=ranking))
+    have = np.array([row[1] is not None for row in rows])
+    ranks = ranked["rank"].to_numpy(int)
+    if have.any() and not have.all():
+        assert ranks[have].max() < ranks[~have].min()
+
+
+def test_a_missing_score_does_not_win_a_tie_by_low_albedo() -> None:
+    rows = [(0.0, None, 0.1), (0.1, 0.5, 0.9)]  # positions would average to 1.5 each, and the first one is darker
+    assert rank_candidates(_frame(rows), SelectionSettings())["rank"].tolist() == [2, 1]
+
+
+@settings(max_examples=40, deadline=None)
+@given(_rows, _rows, st.sampled_from(["rank_positions", "min_max"]))
+def test_glaciers_do_not_touch_each_other(one: Any, two: Any, ranking: Any) -> None:
+    limits = SelectionSettings(ranking=ranking)
+    both = rank_candidates(pd.concat([_frame(one, "a"), _frame(two, "b")]), limits)
+    alone = rank_candidates(_frame(two, "b"), limits)
+    assert both.loc[both["glacier_id"] == "b", "rank"].tolist() == alone["rank"].tolist()
+
+
+def test_without_any_ndsi_a_tie_goes_to_the_lower_cloud_share() -> None:
+    rows = [(0.16, None, 0.40), (0.13, None, 0.44)]  # positions 2, 1 and 1, 2
+    assert rank_candidates(_frame(rows), SelectionSettings())["rank"].tolist() == [2, 1]
+
+
+def test_reasons_name_each_threshold_that_was_missed() -> None:
+    frame = _frame([(0.02, 0.11, 0.3), (0.62, 0.1, 0.3), (0.1, 0.2, 0.3), (0.30001, 0.2, 0.3)])
+    frame.loc[2, "coverage"] = 0.531
+    frame.loc[1, "coverage"] = 0.8
+    chosen = select_scenes(rank_candidates(frame, SelectionSettings()), 2020)
+    assert chosen["reason"].tolist() == [
+        "selected: rank 1 of 1 (cloud 0.02, NDSI 0.11)",
+        "coverage 0.80 below 0.90; cloud share 0.62 above 0.30",
+        "coverage 0.53 below 0.90",
+        "cloud share 0.30001000000000000 above 0.29999999999999999",
+    ]
+
+
+def test_an_override_can_not_choose_what_can_not_be_read() -> None:
+    frame = _frame([(0.1, 0.1, 0.1), (None, None, None)])
+    frame.loc[1, "coverage"] = np.nan
+    frame["reason"] = [None, "can not be read: scene file x.tif"]
+    overrides = pd.DataFrame({"glacier_id": ["g"], "year": [2020], "date": [pd.Timestamp("2020-08-02")]})
+    chosen = select_scenes(rank_candidates(frame, SelectionSettings()), 2020, overrides)
+    assert not chosen["selected"].any()
+    assert chosen["reason"].iloc[1] == "override: asked for, but can not be read: scene file x.tif"
+
+
+def test_a_glacier_whose_files_are_all_broken_has_rows_with_reasons() -> None:
+    rows = {"glacier_id": "g", "date": pd.date_range("2020-08-01", periods=2), "scene_ids": ["a", "b"]}
+    broken = pd.DataFrame({**rows, "reason": "can not be read: scene file x.tif"})
+    stored = TABLES["candidates"].conform(broken, {"year": 2020}).drop(columns="year")
+    chosen = select_scenes(rank_candidates(stored, SelectionSettings()), 2020)
+    assert not chosen["selected"].any() and chosen["rank"].isna().all()
+    assert set(chosen["reason"]) == {"can not be read: scene file x.tif"}
+    TABLES["scenes"].conform(chosen, {"year": 2020})
