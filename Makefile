@@ -23,15 +23,15 @@ $(VENV)/.made:
 # torch first and by itself: a CPU build where the index has one, so that nothing else pulls in a larger one.
 $(VENV)/.installed: $(VENV)/.made setup.cfg pyproject.toml .ci/torch-requirement.txt
 	$(BIN)/python -m pip install --quiet -r .ci/torch-requirement.txt
-	$(BIN)/python -m pip install --quiet -e .
+	$(BIN)/python -m pip install --quiet --constraint .ci/torch-requirement.txt -e .
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet -e '.[test]'
+	$(BIN)/python -m pip install --quiet --constraint .ci/torch-requirement.txt -e '.[test]'
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet -e '.[lint]'
+	$(BIN)/python -m pip install --quiet --constraint .ci/torch-requirement.txt -e '.[lint]'
 	@touch $@
 
 install: $(VENV)/.installed
