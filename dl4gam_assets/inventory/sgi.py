@@ -139,6 +139,8 @@ def _require(frame: gpd.GeoDataFrame, columns: Iterable[str], what: str) -> None
 def _extended(divides: gpd.GeoDataFrame, bodies: gpd.GeoDataFrame, extend_m: float) -> gpd.GeoDataFrame:
     """The divides, each loose end led to the nearest margin or other divide; columns a, b, geometry."""
     lines = divides.explode(index_parts=False, ignore_index=True)
+    # To the millimetre: an end that misses the margin by a rounding error would seem to touch it and not cut.
+    lines.geometry = shapely.transform(lines.geometry.to_numpy(), lambda xy: np.round(xy, 3))
     geometry = lines.geometry.to_numpy()
     polygons = shapely.get_parts(bodies.geometry.to_numpy())
     margins = shapely.boundary(polygons)
