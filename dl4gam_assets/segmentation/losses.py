@@ -21,7 +21,7 @@ def masked_loss(
 
     Parameters
     ----------
-    logits, target, valid : tensors (B, 1, H, W); target and valid are 0 or 1
+    logits, target, valid : tensors (B, 1, H, W); target is 0 or 1, valid is 0 or the weight of a pixel (1 in training)
     """
     weight = valid.to(logits.dtype)
     target = target.to(logits.dtype)

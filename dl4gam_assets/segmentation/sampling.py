@@ -39,6 +39,30 @@ def patch_centres(zone: np.ndarray, glacier: np.ndarray, step: int, extremes: bo
     return np.unique(np.concatenate(found), axis=0)
 
 
+def patch_corner(row: int, col: int, shape: tuple[int, int], size: int) -> tuple[int, int]:
+    """Top row and left column of a patch around a centre, moved inside the grid where it reaches over the edge."""
+    height, width = shape
+    return (
+        min(max(int(row) - size // 2, 0), max(height - size, 0)),
+        min(max(int(col) - size // 2, 0), max(width - size, 0)),
+    )
+
+
+def patch_cover(centres: np.ndarray, shape: tuple[int, int], size: int) -> np.ndarray:
+    """How many patches of ``size`` pixels around ``centres`` (int (N, 2)) cover each pixel of a grid: int32 (H, W)."""
+    height, width = shape
+    change = np.zeros((height + 1, width + 1), dtype=np.int32)
+    for row, col in centres:
+        top, left = patch_corner(row, col, shape, size)
+        bottom, right = min(top + size, height), min(left + size, width)
+        change[top, left] += 1
+        change[bottom, left] -= 1
+        change[top, right] -= 1
+        change[bottom, right] += 1
+    cover: np.ndarray = change.cumsum(axis=0).cumsum(axis=1)[:height, :width]
+    return cover
+
+
 def draw_patches(packed: PackedCubes, ids: Sequence[str], training: TrainingSettings, seed: int) -> np.ndarray:
     """Patches of a member: int array (N, 3) of glacier number (in ``ids``), row and column of the centre.
 
@@ -98,9 +122,7 @@ def cut_batch(
     w = np.zeros((len(chosen), 1, size, size), dtype=np.uint8)
     for k, (number, row, col) in enumerate(chosen):
         layers = glaciers[number]
-        height, width = layers.bits.shape
-        top = min(max(row - size // 2, 0), max(height - size, 0))
-        left = min(max(col - size // 2, 0), max(width - size, 0))
+        top, left = patch_corner(row, col, layers.bits.shape, size)
         cut = layers.window(slice(top, top + size), slice(left, left + size))
         patch, target, valid = cut.channels, cut.target, cut.valid
         if training.augmentation:

@@ -29,11 +29,11 @@ from dl4gam_assets.segmentation.inference import predict_logits
 from dl4gam_assets.segmentation.losses import masked_loss
 from dl4gam_assets.segmentation.model import build_model, channels_last
 from dl4gam_assets.segmentation.packing import PackedCubes
-from dl4gam_assets.segmentation.sampling import Normalizer, cut_batch, draw_patches
+from dl4gam_assets.segmentation.sampling import Normalizer, cut_batch, draw_patches, patch_centres, patch_cover
 from dl4gam_assets.settings import InferenceSettings, ModelSettings, TrainingSettings, fingerprint
 
 log = logging.getLogger(__name__)
-_STATE_FORMAT = 2
+_STATE_FORMAT = 3
 
 
 class TrainingError(RuntimeError):
@@ -70,8 +70,9 @@ def train_member(
     """Train a member, or go on where ``work_dir`` stopped.
 
     ``training.train_patches`` patches are drawn once for the seed, at least one a glacier, and shuffled each epoch. The
-    loss counts valid pixels; the target is any glacier. After each epoch the IoU of each validation glacier over the
-    valid pixels of its 50 m zone is weighted by area, and the weights of the best epoch are kept.
+    loss counts valid pixels; the target is any glacier. After each epoch the IoU of each validation glacier over its
+    validation patches (centres every ``validation_step_px``) is weighted by area, and the weights of the best epoch are
+    kept (Diaconu et al. 2025, section 5).
 
     Parameters
     ----------
@@ -199,26 +200,32 @@ def _validate(
     packed: PackedCubes, ids: Sequence[str], normalizer: Normalizer, model: torch.nn.Module, training: TrainingSettings,
     device: str,
 ) -> tuple[float, float]:  # fmt: skip
-    """Loss and area-weighted IoU over the valid pixels of each glacier's 50 m zone; NaN where there are none."""
+    """Loss and area-weighted IoU over the valid pixels of each glacier's validation patches; NaN where there are none.
+
+    Each glacier is predicted once, in large windows, and a pixel counts as often as patches with centres every
+    ``validation_step_px`` cover it: what predicting those patches one by one gives, but for the networks' view beyond
+    their edges, in a fraction of the time. The surroundings count, so false alarms far from the margin are seen.
+    """
     model.eval()
     settings = InferenceSettings()
-    losses, ious, weights = [], [], []
+    losses, ious, areas = [], [], []
     for glacier_id in ids:
         layers = packed.glacier(glacier_id)
-        where, target = layers.valid & layers.zone, layers.target
-        if not where.any():
+        centres = patch_centres(layers.zone, layers.glacier, training.validation_step_px, extremes=False)
+        weight = patch_cover(centres, layers.bits.shape, training.patch_px) * layers.valid
+        if not weight.any():
             continue
         ready = normalizer(torch.from_numpy(np.array(layers.channels)).to(device)).cpu().numpy()
         logits = predict_logits([model], ready, settings, device)[0]
-        truth, predicted = target[where], logits[where] >= 0
-        union = int((truth | predicted).sum())
-        ious.append(float((truth & predicted).sum()) / union if union else 1.0)
-        weights.append(max(int(layers.glacier.sum()), 1))
-        flat, labels, counted = (torch.from_numpy(a)[None, None] for a in (logits, target, where))
+        truth, predicted = layers.target, logits >= 0
+        union = int(weight[truth | predicted].sum())
+        ious.append(int(weight[truth & predicted].sum()) / union if union else 1.0)
+        areas.append(max(int(layers.glacier.sum()), 1))
+        flat, labels, counted = (torch.from_numpy(a)[None, None] for a in (logits, truth, weight))
         losses.append(float(masked_loss(flat, labels, counted, training)))
     if not ious:
         return math.nan, math.nan
-    return float(np.mean(losses)), float(np.average(ious, weights=weights))
+    return float(np.mean(losses)), float(np.average(ious, weights=areas))
 
 
 # --------------------------------------------------------------------------------------------- resuming

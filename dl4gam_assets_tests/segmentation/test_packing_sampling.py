@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from dl4gam_assets.cubes import channel_stack, cube_mask, open_cube
 from dl4gam_assets.segmentation import PackedCubes, normalize, pack_cubes, patch_centres, symmetry
 from dl4gam_assets.segmentation.packing import MISSING, channel_step
-from dl4gam_assets.segmentation.sampling import Normalizer, cut_batch, draw_patches
+from dl4gam_assets.segmentation.sampling import Normalizer, cut_batch, draw_patches, patch_corner, patch_cover
 from dl4gam_assets.settings import PUBLISHED_CHANNELS
 from dl4gam_assets.terrain import terrain_derivatives
 from dl4gam_assets_tests.segmentation.conftest import CHANNELS, TRAINING, Small
@@ -151,3 +151,20 @@ def test_symmetries_keep_missing_integers_and_need_both_parts_of_the_aspect() ->
         assert (symmetry(patch, mask, mask, ["sin_aspect", "cos_aspect"], which)[0] == MISSING).all()
     with pytest.raises(ValueError, match="both sin_aspect and cos_aspect"):
         symmetry(patch, mask, mask, ["sin_aspect", "dem"], 1)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    size=st.sampled_from([4, 8, 16]),
+    seed=st.integers(0, 2**16),
+)
+def test_cover_counts_the_patches_over_each_pixel(shape: tuple[int, int], size: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    centres = rng.integers(0, shape, size=(int(rng.integers(0, 6)), 2))
+    expected = np.zeros(shape, dtype=int)
+    for row, col in centres:
+        top, left = patch_corner(row, col, shape, size)
+        assert top <= row < max(top + size, shape[0]) and left <= col < max(left + size, shape[1])
+        expected[top : top + size, left : left + size] += 1
+    assert np.array_equal(patch_cover(centres, shape, size), expected)

@@ -11,12 +11,16 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from dl4gam_assets.segmentation import TrainedMember, TrainingError, pack_cubes, train_member
-from dl4gam_assets.segmentation.training import learning_rate
-from dl4gam_assets.settings import TrainingSettings
+from dl4gam_assets.segmentation.inference import predict_logits
+from dl4gam_assets.segmentation.model import build_model
+from dl4gam_assets.segmentation.sampling import Normalizer, patch_centres, patch_corner
+from dl4gam_assets.segmentation.training import _validate, learning_rate
+from dl4gam_assets.settings import InferenceSettings, TrainingSettings
 from dl4gam_assets_tests.segmentation.conftest import CHANNELS, MODEL, TRAINING, Small
 
 TRAIN, VALID = ["G0", "G2", "G3"], ["G1"]
@@ -51,6 +55,27 @@ def test_it_learns_and_keeps_the_best_epoch(whole: TrainedMember) -> None:
     assert whole.validation_iou == history["validation_iou"].max() > 0.8
     assert whole.best_epoch == history.loc[history["validation_iou"].idxmax(), "epoch"]
     assert whole.train_patches == 96 and whole.parameters > 10_000
+
+
+def test_the_validation_score_is_that_of_the_validation_patches(small: Small) -> None:
+    """Patch by patch, surroundings included: an always-positive map must not look good."""
+    torch.manual_seed(0)
+    model = build_model(MODEL).eval()
+    normalizer = Normalizer.of(small.packed, small.statistics, "cpu")
+    training = TRAINING.model_copy(update={"validation_step_px": 16})
+    _, measured = _validate(small.packed, VALID, normalizer, model, training, "cpu")
+    layers = small.packed.glacier("G1")
+    ready = normalizer(torch.from_numpy(np.array(layers.channels))).numpy()
+    predicted = predict_logits([model], ready, InferenceSettings(), "cpu")[0] >= 0
+    hit = union = 0
+    for row, col in patch_centres(layers.zone, layers.glacier, 16, extremes=False):
+        top, left = patch_corner(row, col, predicted.shape, 32)
+        window = np.s_[top : top + 32, left : left + 32]
+        truth, found, valid = (a[window] for a in (layers.target, predicted, layers.valid))
+        hit += int((truth & found & valid).sum())
+        union += int(((truth | found) & valid).sum())
+    assert union > layers.zone.sum()
+    assert measured == pytest.approx(hit / union, abs=1e-12)
 
 
 def test_the_seed_decides_everything(small: Small, whole: TrainedMember, tmp_path: Path) -> None:
