@@ -102,11 +102,13 @@ def _value(value: Any) -> Any:
         return dg.MetadataValue.table([dg.TableRecord({k: _cell(v) for k, v in row.items()}) for row in value])
     if isinstance(value, dict | list):
         return dg.MetadataValue.json(value)
-    return value
+    return float(f"{value:.5g}") if isinstance(value, float) else value  # for people; tables keep every digit
 
 
 def _cell(value: Any) -> str | int | float | bool | None:
-    return value if isinstance(value, str | int | float | bool) or value is None else str(value)
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    return value if isinstance(value, str | int | bool) or value is None else str(value)
 
 
 def _short(metadata: dict[str, Any]) -> str:

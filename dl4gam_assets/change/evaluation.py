@@ -13,6 +13,9 @@ The scopes are not alike, and figures of one must never be compared with those o
     (doi:10.1029/2025EA004197) report. It reads higher, since false positives farther away do not count.
 ``debris``
     debris-covered pixels inside the outline: only recall exists.
+``reference``
+    the pixels of ``scene`` judged by a second inventory's outlines, where the region names one. Inventories follow
+    their own rules and dates, so two of them never agree fully.
 """
 
 from __future__ import annotations
@@ -26,12 +29,17 @@ import pandas as pd
 if TYPE_CHECKING:
     import xarray as xr
 
-SCOPES = ("scene", "ring", "debris")
+SCOPES = ("scene", "ring", "debris", "reference")
 SCORES = ("iou", "precision", "recall", "f1")
 
 
 def evaluate_glacier(
-    prediction: np.ndarray, cube: xr.Dataset, method: str, role: str = "test", glacier_id: str | None = None
+    prediction: np.ndarray,
+    cube: xr.Dataset,
+    method: str,
+    role: str = "test",
+    glacier_id: str | None = None,
+    reference: np.ndarray | None = None,
 ) -> pd.DataFrame:
     """Rows of the table ``evaluation`` (without fold) for one glacier and method, one a scope.
 
@@ -44,6 +52,8 @@ def evaluate_glacier(
     method : str
         ``ensemble`` or the name of a baseline.
     role : {"test", "valid"}
+    reference : bool array (H, W), optional
+        Glaciers of a second inventory; adds the scope ``reference``.
 
     Raises
     ------
@@ -58,8 +68,9 @@ def evaluate_glacier(
     if prediction.dtype != np.bool_:
         raise ValueError(f"{name}: the prediction must be a bool mask, not {prediction.dtype}")
     truth = cube_mask(cube, "any_glacier")
-    if prediction.shape != truth.shape:
-        raise ValueError(f"{name}: the prediction has {prediction.shape} pixels, the cube {truth.shape}")
+    for kind, mask in (("prediction", prediction), ("reference", reference)):
+        if mask is not None and mask.shape != truth.shape:
+            raise ValueError(f"{name}: the {kind} has {mask.shape} pixels, the cube {truth.shape}")
     valid = ~cube_mask(cube, "not_ok")
     glacier = cube_mask(cube, "glacier")
     where = {
@@ -67,14 +78,16 @@ def evaluate_glacier(
         "ring": valid & (glacier | (cube_mask(cube, "zone_50") & ~truth)),
         "debris": valid & glacier & cube_mask(cube, "debris"),
     }
+    if reference is not None:
+        where["reference"] = where["scene"]
     rows = []
-    for scope in SCOPES:
-        judged = where[scope]
+    for scope, judged in where.items():
+        wanted = reference if scope == "reference" and reference is not None else truth
         counts = {
             "n_pixels": int(judged.sum()),
-            "true_positive": int((prediction & truth & judged).sum()),
-            "false_positive": int((prediction & ~truth & judged).sum()),
-            "false_negative": int((~prediction & truth & judged).sum()),
+            "true_positive": int((prediction & wanted & judged).sum()),
+            "false_positive": int((prediction & ~wanted & judged).sum()),
+            "false_negative": int((~prediction & wanted & judged).sum()),
         }
         rows.append(
             {"glacier_id": name, "role": role, "method": method, "scope": scope, **counts, **scores(counts, scope)}

@@ -14,6 +14,7 @@ from typing import Any
 _HOMES = {
     "read_inventory": "reading",
     "read_date": "reading",
+    "outline_mask": "reading",
     "utm_epsg_of": "reading",
     "read_debris": "debris",
     "glacier_zones": "zones",

@@ -47,9 +47,7 @@ def prepare_inventory(settings: InventorySettings, data_root: Path, out: Path) -
     return path
 
 
-def restrict_modelled(
-    glaciers: gpd.GeoDataFrame, settings: InventorySettings, data_root: Path
-) -> gpd.GeoDataFrame:
+def restrict_modelled(glaciers: gpd.GeoDataFrame, settings: InventorySettings, data_root: Path) -> gpd.GeoDataFrame:
     """The "glaciers" table with ``modelled`` false where the glacier lies outside the imagery's footprint.
 
     A glacier stays modelled if at least ``settings.model_within_share`` of its outline lies on valid ground
@@ -65,9 +63,7 @@ def restrict_modelled(
         return glaciers
     share = footprint_share(glaciers, settings.model_within, data_root)
     out = glaciers.copy()
-    out["modelled"] = (out["modelled"].astype(bool) & (share >= settings.model_within_share)).astype(
-        "boolean"
-    )
+    out["modelled"] = (out["modelled"].astype(bool) & (share >= settings.model_within_share)).astype("boolean")
     if not out["modelled"].any():
         raise SettingsError(
             f"inventory.model_within: no glacier of at least {settings.min_area_km2} km2 has "

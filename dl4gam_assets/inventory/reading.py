@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime as dt
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import geopandas as gpd
 import numpy as np
@@ -18,6 +18,9 @@ import shapely
 
 from dl4gam_assets.settings import InventorySettings, SettingsError
 from dl4gam_assets.tables import TABLES
+
+if TYPE_CHECKING:
+    from odc.geo.geobox import GeoBox
 
 #: Day that stands for "some time in that year": the middle of the late-summer mapping season.
 UNKNOWN_DAY = (8, 15)
@@ -59,6 +62,8 @@ def read_inventory(path: Path, settings: InventorySettings) -> tuple[gpd.GeoData
     if frame.crs is None:
         raise SettingsError(f"inventory {path} has no coordinate reference system; assign one (for example in QGIS)")
     frame = frame.reset_index(drop=True)
+    if settings.merge_parts:
+        frame = _merged(frame, columns.glacier_id)
     ids = [_text(v) for v in frame[columns.glacier_id]]
     geometry = frame.geometry.to_crs("EPSG:4326")
     seen: set[str] = set()
@@ -74,7 +79,10 @@ def read_inventory(path: Path, settings: InventorySettings) -> tuple[gpd.GeoData
                 (glacier_id[:60] + "...", f"the id has {len(glacier_id)} characters (at most 150)", "BadId")
             )
         elif glacier_id in seen:
-            why = f"the id occurs again in row {row + 1}; only the first is used: dissolve the parts of a glacier by id"
+            why = (
+                f"the id occurs again in row {row + 1}; only the first is used. If the rows are parts of one glacier, "
+                "set inventory.merge_parts: true"
+            )
             rejected.append((glacier_id, why, "DuplicateId"))
         elif usable is None:
             rejected.append((glacier_id, f"{why}; mend the outline in {path.name}", kind))
@@ -109,14 +117,64 @@ def read_inventory(path: Path, settings: InventorySettings) -> tuple[gpd.GeoData
     return TABLES["glaciers"].conform(glaciers), pd.DataFrame(rejected, columns=["glacier_id", "error", "kind"])
 
 
-def _read(path: Path, layer: str | None) -> gpd.GeoDataFrame:
+def outline_mask(path: Path, layer: str | None, geobox: GeoBox) -> np.ndarray:
+    """Pixels of a grid whose centre lies in any outline of a vector file: bool (H, W).
+
+    Of files that have a spatial index only the outlines near the grid are read.
+
+    Raises
+    ------
+    SettingsError
+        if the file is absent, can not be read, or has no CRS.
+    """
+    from rasterio.features import rasterize
+
+    window = gpd.GeoSeries([shapely.box(*geobox.boundingbox)], crs=str(geobox.crs)).segmentize(1000.0)
+    frame = _read(path, layer, near=window)
+    if frame.crs is None:
+        raise SettingsError(f"{path} has no coordinate reference system; assign one (for example in QGIS)")
+    shapes = [found for shape in frame.geometry.to_crs(str(geobox.crs)) if (found := _polygons(shape)) is not None]
+    if not shapes:
+        return np.zeros(geobox.shape, dtype=bool)
+    burnt: np.ndarray = rasterize(shapes, geobox.shape, transform=geobox.affine, dtype="uint8").astype(bool)
+    return burnt
+
+
+def _polygons(shape: Any) -> Any | None:
+    """The valid polygonal part of a geometry, None where there is none."""
+    if shape is None or shape.is_empty:
+        return None
+    parts = [p for p in shapely.get_parts(shapely.make_valid(shapely.force_2d(shape))) if "Polygon" in p.geom_type]
+    whole = shapely.union_all(parts) if parts else None
+    return whole if whole is not None and not whole.is_empty else None
+
+
+def _merged(frame: gpd.GeoDataFrame, column: str) -> gpd.GeoDataFrame:
+    """Rows with the same id as one: the union of their outlines, the attributes of the largest part."""
+    ids = frame[column].map(_text)
+    repeated = ids.duplicated(keep=False) & (ids != "")
+    if not repeated.any():
+        return frame
+    size = pd.Series(shapely.area(frame.geometry.to_numpy()), index=frame.index).fillna(0.0)
+    out = frame.copy()
+    drop: list[Any] = []
+    for _, rows in frame[repeated].groupby(ids[repeated], sort=False):
+        largest = size[rows.index].idxmax()
+        parts = [p for shape in rows.geometry if (p := _polygons(shape)) is not None]
+        if parts:
+            out.loc[[largest], "geometry"] = gpd.GeoSeries([shapely.union_all(parts)], [largest], crs=frame.crs)
+        drop += [index for index in rows.index if index != largest]
+    return out.drop(index=drop)
+
+
+def _read(path: Path, layer: str | None, near: gpd.GeoSeries | None = None) -> gpd.GeoDataFrame:
     if not path.exists():
-        raise SettingsError(f"inventory {path} does not exist (inventory.path, relative to data_root)")
+        raise SettingsError(f"inventory {path} does not exist (paths are relative to data_root)")
     try:
         if path.suffix in {".parquet", ".geoparquet"}:
             frame = gpd.read_parquet(path)
         else:
-            frame = gpd.read_file(path, **({"layer": layer} if layer else {}))
+            frame = gpd.read_file(path, **({"layer": layer} if layer else {}), bbox=near)
     except Exception as error:
         raise SettingsError(f"inventory {path} can not be read as vector data: {error}") from error
     if not isinstance(frame, gpd.GeoDataFrame) or "geometry" not in frame.columns:

@@ -164,9 +164,7 @@ def _extended(divides: gpd.GeoDataFrame, bodies: gpd.GeoDataFrame, extend_m: flo
             parts.append(_link(end, near[int(np.argmin(shapely.distance(end, near)))]))
         out.append(shapely.union_all(parts))
     if too_far:
-        log.warning(
-            f"{too_far} ends of ice divides lie more than {extend_m:.0f} m from any margin; they may not cut"
-        )
+        log.warning(f"{too_far} ends of ice divides lie more than {extend_m:.0f} m from any margin; they may not cut")
     columns = {"a": lines["sgi-id_a"].to_numpy(), "b": lines["sgi-id_b"].to_numpy()}
     return gpd.GeoDataFrame(columns, geometry=out, crs=divides.crs)
 
@@ -186,9 +184,7 @@ def _link(end: BaseGeometry, target: BaseGeometry) -> BaseGeometry:
 def _cut(bodies: gpd.GeoDataFrame, lines: gpd.GeoDataFrame) -> _Faces:
     polygons, body = shapely.get_parts(bodies.geometry.to_numpy(), return_index=True)
     cutters = defaultdict(list)
-    for k, j in zip(
-        *shapely.STRtree(lines.geometry.to_numpy()).query(polygons, predicate="intersects"), strict=True
-    ):
+    for k, j in zip(*shapely.STRtree(lines.geometry.to_numpy()).query(polygons, predicate="intersects"), strict=True):
         cutters[k].append(lines.geometry.iloc[j])
     faces, owners = [], []
     for k, polygon in enumerate(polygons):
@@ -274,9 +270,7 @@ def _part_at_necks(
     ice = rasterize([polygon], shape, transform=transform, dtype="uint8").astype(bool)
     open_ice = ice
     if divides:
-        open_ice = ice & ~rasterize(
-            divides, shape, transform=transform, all_touched=True, dtype="uint8"
-        ).astype(bool)
+        open_ice = ice & ~rasterize(divides, shape, transform=transform, all_touched=True, dtype="uint8").astype(bool)
     width = ndimage.distance_transform_edt(open_ice)
 
     index = np.full(shape, -1)
@@ -290,15 +284,11 @@ def _part_at_necks(
     count, roots = int(open_ice.sum()), []
     for _, point in points:
         x, y = shapely.get_coordinates(point)[0]
-        roots.append(
-            index[_widest_near((y - north) / -pixel_m, (x - west) / pixel_m, width, round(100 / pixel_m))]
-        )
+        roots.append(index[_widest_near((y - north) / -pixel_m, (x - west) / pixel_m, width, round(100 / pixel_m))])
     root_ends = np.stack([np.array(roots), np.full(len(roots), count)])
     link = np.concatenate([*ends, root_ends], axis=1)
     cost = np.concatenate([*costs, np.full(len(roots), 1e-6)])
-    forest = minimum_spanning_tree(
-        coo_array((cost, (link[0], link[1])), shape=(count + 1, count + 1))
-    ).tocoo()
+    forest = minimum_spanning_tree(coo_array((cost, (link[0], link[1])), shape=(count + 1, count + 1))).tocoo()
     keep = (forest.row != count) & (forest.col != count)
     graph = coo_array((np.ones(keep.sum()), (forest.row[keep], forest.col[keep])), shape=(count, count))
     component = connected_components(graph, directed=False)[1]
@@ -313,11 +303,7 @@ def _part_at_necks(
     out: list[tuple[BaseGeometry, str | None]] = []
     for outline, value in shapes(label, mask=ndimage.binary_dilation(ice, iterations=2), transform=transform):
         piece = shapely.intersection(polygon, shapely.geometry.shape(outline))
-        out += [
-            (p, points[int(value) - 1][0])
-            for p in shapely.get_parts(piece)
-            if p.geom_type == "Polygon" and p.area
-        ]
+        out += [(p, points[int(value) - 1][0]) for p in shapely.get_parts(piece) if p.geom_type == "Polygon" and p.area]
     return out
 
 
@@ -513,9 +499,7 @@ def write_swiss_inventory(folder: Path, out: Path) -> dict[str, Any]:
 def _check_files(folder: Path) -> None:
     for name in (BODIES, DIVIDES, LOCATIONS, ATTRIBUTES):
         if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder / name} is missing: put the SGI2016 files (see docs/real-data.md) there"
-            )
+            raise FileNotFoundError(f"{folder / name} is missing: put the SGI2016 files (see docs/real-data.md) there")
 
 
 def source_hash(folder: Path) -> str:

@@ -35,6 +35,7 @@ _SCOPE_NAMES = {
     "scene": "whole scene (strict: false positives anywhere count)",
     "ring": "within 50 m of the outline (as in the DL4GAM paper; reads higher)",
     "debris": "debris-covered ice (recall only)",
+    "reference": "whole scene, judged by a second inventory (other rules and dates)",
 }
 _FLAGS = {
     "snr": "the change is smaller than its own uncertainty",

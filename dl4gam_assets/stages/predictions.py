@@ -17,6 +17,7 @@ from dl4gam_assets.stages.base import (
     StageResult,
     Workspace,
     cached_table,
+    file_fingerprint,
     fold_label,
     frame_fingerprint,
     run_stage,
@@ -156,6 +157,7 @@ def evaluation_of(site: Site, fold: int, glacier_id: str) -> pd.DataFrame:
     from dl4gam_assets.change import evaluate_glacier
     from dl4gam_assets.cubes import cube_mask, open_cube
     from dl4gam_assets.ensemble import apply_baseline, read_prediction
+    from dl4gam_assets.inventory import outline_mask
 
     storage, year = site.storage, site.region.years.baseline
     baselines = cached_table(site, "baseline", fold=fold)
@@ -169,13 +171,19 @@ def evaluation_of(site: Site, fold: int, glacier_id: str) -> pd.DataFrame:
     for _, row in baselines.iterrows():
         masks[str(row["method"])] = apply_baseline(bands, row)
     assert cube_mask(cube, "glacier").any(), f"{glacier_id}: the cube does not contain its glacier"
-    return pd.concat([evaluate_glacier(mask, cube, method) for method, mask in masks.items()], ignore_index=True)
+    settings, second = site.region.evaluation, None
+    if settings.reference is not None:
+        second = outline_mask(site.data_root / settings.reference, settings.reference_layer, cube.odc.geobox)
+    return pd.concat(
+        [evaluate_glacier(mask, cube, method, reference=second) for method, mask in masks.items()], ignore_index=True
+    )
 
 
 def evaluation(ws: Workspace, fold: int, *, force: bool = False) -> StageResult:
     """Judge the fold's held-out maps of the inventory year against the inventory, beside the baselines."""
     baseline = ws.region.years.baseline
     label = fold_label(fold)
+    reference, layer = ws.region.evaluation.reference, ws.region.evaluation.reference_layer
 
     def work() -> tuple[str, dict[str, Any], dict[str, bytes]]:
         from dl4gam_assets.change import pooled_scores
@@ -201,6 +209,7 @@ def evaluation(ws: Workspace, fold: int, *, force: bool = False) -> StageResult:
         "baseline": ws.upstream("band_ratio_baseline", label),
         "threshold": ws.region.inference.threshold,
         "note": ws.region.evaluation.note,
+        "reference": None if reference is None else [file_fingerprint(ws.data_root / reference), layer],
     }
     return run_stage(ws, "evaluation", label, inputs, work, force=force)
 

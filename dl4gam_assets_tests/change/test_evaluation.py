@@ -70,3 +70,14 @@ def test_pooling_sums_pixels_and_keeps_scopes_apart() -> None:
 def test_a_probability_is_no_mask() -> None:
     with pytest.raises(ValueError, match="bool"):
         evaluate_glacier(np.ones(SHAPE), make_cube(GLACIER), "m")
+
+
+def test_a_second_inventory_judges_the_same_pixels_by_its_own_outlines() -> None:
+    smaller = box(SHAPE, (20, 40), (10, 25))
+    made = make_cube(GLACIER, NEIGHBOUR)
+    rows = evaluate_glacier(GLACIER | NEIGHBOUR, made, "ensemble", reference=smaller | NEIGHBOUR).set_index("scope")
+    assert rows.loc["scene", "iou"] == 1.0
+    assert rows.loc["reference", "n_pixels"] == rows.loc["scene", "n_pixels"]
+    assert rows.loc["reference", ["true_positive", "false_positive", "false_negative"]].tolist() == [300, 100, 0]
+    with pytest.raises(ValueError, match="the reference has"):
+        evaluate_glacier(GLACIER, made, "ensemble", reference=smaller[:-1])

@@ -10,9 +10,11 @@ import geopandas as gpd
 import pandas as pd
 import pytest
 import shapely
+from odc.geo.geobox import GeoBox
 from pyproj import Geod
+from shapely import Polygon, box
 
-from dl4gam_assets.inventory import read_date, read_inventory, utm_epsg_of
+from dl4gam_assets.inventory import outline_mask, read_date, read_inventory, utm_epsg_of
 from dl4gam_assets.settings import InventoryColumns, InventorySettings, SettingsError
 
 SETTINGS = InventorySettings(path="unused", columns=InventoryColumns(glacier_id="id", date="date", area_km2="area"))
@@ -173,3 +175,38 @@ def test_real_rgi_outlines(real_data: Path) -> None:
     assert set(glaciers["utm_epsg"]) == {32632}
     assert glaciers["inventory_area_km2"].to_numpy() == pytest.approx(glaciers["stated_area_km2"].to_numpy(), rel=2e-3)
     assert glaciers["inventory_date"].dt.year.eq(2003).all()
+
+
+def test_rows_of_one_glacier_are_united_where_the_settings_say_so(tmp_path: Path) -> None:
+    """SGI2010 names 349 glaciers on several rows: parts that lie apart, or touch."""
+    parts = [box(8.0, 46.0, 8.01, 46.01), box(8.01, 46.0, 8.02, 46.01), box(8.1, 46.0, 8.11, 46.02), None]
+    frame = gpd.GeoDataFrame(
+        {"glacier_id": ["A", "A", "B", "A"], "name": ["small", "large", "b", "none"], "geometry": parts},
+        crs="EPSG:4326",
+    )
+    frame.loc[1, "geometry"] = box(8.01, 46.0, 8.03, 46.01)
+    path = tmp_path / "parts.gpkg"
+    frame.to_file(path)
+    settings = InventorySettings(path="parts.gpkg")
+    apart, rejected = read_inventory(path, settings)
+    assert rejected["kind"].tolist() == ["DuplicateId", "DuplicateId"] and "merge_parts" in rejected["error"].iloc[0]
+    merged, rejected = read_inventory(path, settings.model_copy(update={"merge_parts": True}))
+    assert not len(rejected) and merged["glacier_id"].tolist() == ["A", "B"]
+    a = merged.set_index("glacier_id").loc["A"]
+    assert a["name"] == "large" and a["geometry"].equals(box(8.0, 46.0, 8.03, 46.01))
+    both = apart.set_index("glacier_id").loc["A", "inventory_area_km2"]
+    assert a["inventory_area_km2"] == pytest.approx(3 * both, rel=1e-3)
+
+
+def test_outlines_of_a_second_inventory_are_burnt_onto_a_grid(tmp_path: Path) -> None:
+    grid = GeoBox.from_bbox((400000, 5100000, 400400, 5100300), crs="EPSG:32632", resolution=10)
+    near = box(400100, 5100100, 400200, 5100200)
+    bow = Polygon([(400300, 5100000), (400400, 5100100), (400300, 5100100), (400400, 5100000)])  # touches itself
+    far = box(500000, 5200000, 500100, 5200100)
+    path = tmp_path / "second.gpkg"
+    gpd.GeoDataFrame(geometry=[near, bow, far], crs="EPSG:32632").to_crs("EPSG:2056").to_file(path, layer="all")
+    mask = outline_mask(path, "all", grid)
+    assert mask.shape == (30, 40) and abs(mask[10:20, 10:20].sum() - 100) <= 2
+    assert 40 <= mask[20:, 30:].sum() <= 60 and mask.sum() == mask[10:20, 10:20].sum() + mask[20:, 30:].sum()
+    with pytest.raises(SettingsError, match=r"nothing\.gpkg does not exist"):
+        outline_mask(tmp_path / "nothing.gpkg", None, grid)
