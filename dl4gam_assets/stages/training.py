@@ -301,7 +301,8 @@ def manifest_of(site: Site, fold: int) -> list[dict[str, Any]]:
 
 @functools.lru_cache(maxsize=2)
 def load_ensemble(site: Site, fold: int, hashes: tuple[str, ...], device: str, threads: int | None) -> Any:
-    """Models and statistics of a fold, loaded once a process; their hashes are checked against the manifest."""
+    """Models and statistics of a fold, loaded once a process; refused unless their hashes are those of the manifest and
+    they were trained on the region's channels with the fold's normalization."""
     import torch
 
     from dl4gam_assets.segmentation import load_member
@@ -309,10 +310,12 @@ def load_ensemble(site: Site, fold: int, hashes: tuple[str, ...], device: str, t
     if threads:
         torch.set_num_threads(threads)
     models = []
+    statistics = site.storage.read_table("normalization", fold=fold)
     for entry, wanted in zip(manifest_of(site, fold), hashes, strict=True):
-        model, _ = load_member(site.storage, site.storage.model(fold, entry["member"]), expected_sha256=wanted)
+        folder = site.storage.model(fold, entry["member"])
+        model, _ = load_member(site.storage, folder, wanted, channels=site.region.model.channels, statistics=statistics)
         models.append(model.to(device).eval())
-    return models, site.storage.read_table("normalization", fold=fold)
+    return models, statistics
 
 
 def logits_of(site: Site, cube: Any, fold: int, device: str, threads: int | None) -> tuple[np.ndarray, np.ndarray]:
