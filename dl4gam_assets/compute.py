@@ -18,7 +18,8 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-_LOCAL: dict[int, Any] = {}  # workers -> dask client of the embedded cluster, shared by all maps of this process
+#: (workers, threads) or scheduler address -> dask client, shared by all maps of this process.
+_CLIENTS: dict[tuple[int, int] | str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,16 @@ class Mapper:
     workers
         processes; 0 takes one for each processor, 1 runs in this process without a cluster.
     scheduler
-        address of a dask scheduler (``tcp://host:8786``); overrides ``workers``.
+        address of a dask scheduler (``tcp://host:8786``); overrides ``workers`` and ``threads``.
+    threads
+        tasks at once in each process of the embedded cluster, for work that waits for a network more than it computes.
+        Reading of files has threads of its own (``compute.concurrent_reads``), so one is right for it.
     """
 
-    def __init__(self, workers: int = 0, scheduler: str | None = None):
+    def __init__(self, workers: int = 0, scheduler: str | None = None, threads: int = 1):
         self.workers = workers or default_workers()
         self.scheduler = scheduler
+        self.threads = threads
 
     def map(
         self,
@@ -79,7 +84,11 @@ class Mapper:
         """Yield a :class:`Done` for each ``(key, arguments)`` as it is ready, in no fixed order.
 
         At most four tasks a worker are in flight, so memory does not grow with their number. ``progress`` is called
-        with (done, total, seconds) at most every ``every_s`` seconds, and once at the end.
+        with (done, total, seconds) at most every ``every_s`` seconds, and once at the end. When the caller stops
+        early, tasks that have not begun are dropped.
+
+        When a worker process dies, its tasks are tried once more at the end, one at a time: the one that kills its
+        worker again is the one to blame, and the others lose nothing.
         """
         todo = list(tasks)
         start = last = time.monotonic()
@@ -91,68 +100,94 @@ class Mapper:
             yield done
 
     def _run(self, function: Callable[..., Any], todo: list[tuple[str, Sequence[Any]]]) -> Iterator[Done]:
-        if self.scheduler is None and (self.workers == 1 or len(todo) <= 1):
+        if self.scheduler is None and (self.workers * self.threads == 1 or len(todo) <= 1):
             for key, arguments in todo:
                 yield attempt(key, function, arguments)
             return
-        from distributed import as_completed
-
         client = self._client()
         slots = max(4 * sum(client.nthreads().values()), 8)
-        queue = iter(todo)
-        keys: dict[str, str] = {}
-
-        def submit() -> Any | None:
-            for key, arguments in queue:
-                future = client.submit(attempt, key, function, tuple(arguments), pure=False)
-                keys[future.key] = key
-                return future
-            return None
-
-        first = [f for f in (submit() for _ in range(min(slots, len(todo)))) if f is not None]
-        pool = as_completed(first, loop=client.loop)
-        for future in pool:
-            key = keys.pop(future.key)
-            try:
-                done = future.result()
-            except Exception as error:  # the worker itself died (memory, signal): say so for this task only
-                done = Done(key, error=f"the worker process died: {_message(error)}", kind=type(error).__name__)
-            future.release()
-            following = submit()
-            if following is not None:
-                pool.add(following)
-            yield done
+        suspects: list[tuple[str, Sequence[Any]]] = []
+        for task, done in _spread(client, function, todo, slots):
+            if done is None:
+                suspects.append(task)
+            else:
+                yield done
+        for task in suspects:
+            for _, done in _spread(client, function, [task], 1):
+                yield done or Done(task[0], error="the worker process died twice of it (memory?)", kind="KilledWorker")
 
     def _client(self) -> Any:
         from distributed import Client, LocalCluster
 
+        key = self.scheduler or (self.workers, self.threads)
+        known = _CLIENTS.get(key)
+        if known is not None and known.status == "running":
+            return known
         if self.scheduler:
-            return Client(self.scheduler, set_as_default=False)
-        if self.workers not in _LOCAL:
+            _CLIENTS[key] = Client(self.scheduler, set_as_default=False)
+        else:
             import dask
 
-            dask.config.set({"distributed.worker.daemon": False})
+            # A task whose worker died is not tried again by dask, but by us, alone.
+            dask.config.set({"distributed.worker.daemon": False, "distributed.scheduler.allowed-failures": 0})
             cluster = LocalCluster(
                 n_workers=self.workers,
-                threads_per_worker=1,
+                threads_per_worker=self.threads,
                 processes=True,
                 dashboard_address="127.0.0.1:0",  # on loopback, at a free port
                 host="127.0.0.1",
                 silence_logs=logging.ERROR,
             )
-            _LOCAL[self.workers] = Client(cluster, set_as_default=False)
-            atexit.register(close_clusters)
-        return _LOCAL[self.workers]
+            _CLIENTS[key] = Client(cluster, set_as_default=False)
+        atexit.register(close_clusters)
+        return _CLIENTS[key]
+
+
+def _spread(
+    client: Any, function: Callable[..., Any], todo: Iterable[tuple[str, Sequence[Any]]], slots: int
+) -> Iterator[tuple[tuple[str, Sequence[Any]], Done | None]]:
+    """Each task with its outcome, ``slots`` in flight; None where the worker died under it."""
+    from distributed import KilledWorker, as_completed
+
+    queue = iter(todo)
+    tasks: dict[str, tuple[tuple[str, Sequence[Any]], Any]] = {}  # dask's key -> task and future
+    pool = as_completed([], loop=client.loop)
+
+    def submit() -> None:
+        for key, arguments in queue:
+            future = client.submit(attempt, key, function, tuple(arguments), pure=False)
+            tasks[future.key] = (key, arguments), future
+            pool.add(future)
+            return
+
+    try:
+        for _ in range(slots):
+            submit()
+        for future in pool:
+            task, _ = tasks.pop(future.key)
+            try:
+                done: Done | None = future.result()
+            except KilledWorker:
+                done = None
+            except Exception as error:  # the cluster lost it, or its result can not be sent: this task only
+                done = Done(task[0], error=f"the cluster lost the task: {_message(error)}", kind=type(error).__name__)
+            future.release()
+            submit()
+            yield task, done
+    finally:
+        if tasks:
+            client.cancel([future for _, future in tasks.values()])
 
 
 def close_clusters() -> None:
-    """Stop the embedded clusters of this process."""
-    while _LOCAL:
-        _, client = _LOCAL.popitem()
+    """Stop the embedded clusters of this process, and leave those of others."""
+    while _CLIENTS:
+        _, client = _CLIENTS.popitem()
         with contextlib.suppress(Exception):
             cluster = client.cluster
             client.close(timeout=5)
-            cluster.close(timeout=5)
+            if cluster is not None:
+                cluster.close(timeout=5)
 
 
 def choose_device(wish: str = "auto") -> str:

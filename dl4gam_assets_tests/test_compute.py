@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import time
+from pathlib import Path
 
 import pytest
 
@@ -14,12 +16,6 @@ def _reciprocal(x: float) -> float:
     if x == 13:
         raise ValueError("thirteen is not liked")
     return 1 / x
-
-
-def _die(x: int) -> int:
-    if x == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return x
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,20 +38,78 @@ def test_failures_stay_with_their_task(workers: int) -> None:
     assert seen[-1] == (5, 5)
 
 
+def _die_among_others(x: int) -> int:
+    if x == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.02)  # so that others wait at the worker that dies
+    return x
+
+
+def _pid(x: int) -> int:
+    return os.getpid()
+
+
+def _megabytes(x: int) -> bytes:
+    return bytes(4_000_000)
+
+
 def test_a_dead_worker_loses_only_its_task() -> None:
-    done = {d.key: d for d in Mapper(2).map(_die, [(str(x), (x,)) for x in range(6)])}
-    assert len(done) == 6
+    done = {d.key: d for d in Mapper(2).map(_die_among_others, [(str(x), (x,)) for x in range(24)])}
+    assert len(done) == 24
     assert not done["3"].ok and "worker process died" in (done["3"].error or "")
-    assert [done[str(x)].value for x in (0, 1, 2, 4, 5)] == [0, 1, 2, 4, 5]
+    assert [done[str(x)].value for x in range(24) if x != 3] == [x for x in range(24) if x != 3]
 
 
-def test_a_scheduler_by_address_serves_the_same_map() -> None:
+def test_a_scheduler_by_address_serves_the_same_map_and_outlives_a_worker() -> None:
     from distributed import LocalCluster
 
-    with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0") as cluster:
+    with LocalCluster(n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0") as cluster:
         mapper = Mapper(scheduler=cluster.scheduler_address)
         done = {d.key: d.value for d in mapper.map(_reciprocal, [(str(x), (x,)) for x in (1, 2, 4)])}
-    assert done == {"1": 1.0, "2": 0.5, "4": 0.25}
+        assert done == {"1": 1.0, "2": 0.5, "4": 0.25}
+        dead = {d.key: d for d in mapper.map(_die_among_others, [(str(x), (x,)) for x in range(8)])}
+        assert [key for key, d in dead.items() if not d.ok] == ["3"] and len(dead) == 8
+        assert {d.value for d in mapper.map(_pid, [("a", (0,)), ("b", (1,))])} != {os.getpid()}
+        assert len(cluster.scheduler.clients) <= 3  # one connection serves all maps (and two of the cluster itself)
+        close_clusters()
+
+
+def test_threads_in_the_workers() -> None:
+    mapper = Mapper(1, threads=4)
+    assert len({d.value for d in mapper.map(_pid, [(str(x), (x,)) for x in range(8)])}) == 1
+    start = time.monotonic()
+    done = list(mapper.map(time.sleep, [(str(x), (0.3,)) for x in range(8)]))
+    assert all(d.ok for d in done)
+    assert time.monotonic() - start < 8 * 0.3 - 0.6  # one after the other would take longer
+
+
+def test_memory_does_not_grow_with_the_number_of_tasks() -> None:
+    import resource
+
+    def peak() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    for _ in Mapper(2).map(_megabytes, [(str(x), (x,)) for x in range(20)]):
+        pass
+    before = peak()
+    for _ in Mapper(2).map(_megabytes, [(str(x), (x,)) for x in range(150)]):  # 600 MB in all
+        pass
+    assert peak() - before < 150e6
+
+
+def test_a_caller_that_stops_early_leaves_nothing_running(tmp_path: Path) -> None:
+    results = Mapper(2).map(_touch, [(str(x), (str(tmp_path / str(x)),)) for x in range(60)])
+    next(iter(results))
+    results.close()  # type: ignore[attr-defined]
+    time.sleep(0.5)
+    begun = len(list(tmp_path.iterdir()))
+    time.sleep(0.3)
+    assert begun <= 16 and len(list(tmp_path.iterdir())) == begun
+
+
+def _touch(path: str) -> None:
+    Path(path).touch()
+    time.sleep(0.05)
 
 
 def test_a_missing_accelerator_is_said_at_once() -> None:

@@ -18,6 +18,7 @@ _HOMES = {
     "group_by_day": "catalogs",
     "item_checksums": "catalogs",
     "read_image": "reading",
+    "read_images": "reading",
     "SceneError": "reading",
     "score_image": "scores",
     "search_periods": "candidates",

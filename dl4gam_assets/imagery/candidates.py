@@ -17,11 +17,11 @@ import pystac
 import rasterio.features
 import rasterio.warp
 
-from dl4gam_assets.imagery.catalogs import CatalogError, SceneCatalog, group_by_day, item_checksums, lonlat_box
-from dl4gam_assets.imagery.reading import SceneError, read_image
+from dl4gam_assets.imagery.catalogs import SceneCatalog, group_by_day, item_checksums, lonlat_box
+from dl4gam_assets.imagery.reading import ReadPolicy, SceneUnreachableError, bytes_read, read_images
 from dl4gam_assets.imagery.scores import score_image
 from dl4gam_assets.inventory import glacier_grid
-from dl4gam_assets.settings import ImagerySettings, Region
+from dl4gam_assets.settings import ComputeSettings, ImagerySettings, Region
 from dl4gam_assets.tables import TABLES
 
 
@@ -55,7 +55,8 @@ def candidates_of_glacier(
 ) -> pd.DataFrame:
     """Score every day's image over one glacier.
 
-    A day whose files can not be read is a row with the reason and without scores; the others go on.
+    Days are read concurrently where their files are on a network (``compute.concurrent_reads``), scored as each is
+    ready and dropped. A day whose files can not be read is a row with the reason and without scores; the others go on.
 
     Parameters
     ----------
@@ -67,6 +68,8 @@ def candidates_of_glacier(
     -------
     DataFrame
         Rows of the table ``candidates`` (without the year), by date; empty where no scene touches the glacier.
+        ``attrs["bytes_read"]`` is what ``reading.bytes_read`` counted meanwhile in this process;
+        ``attrs["unreachable"]`` the number of days that a server did not give now, though it may do so later.
     """
     imagery = region.imagery
     grid = glacier_grid(glacier["geometry"], int(glacier["utm_epsg"]), imagery.sensor.pixel_m, imagery.margin_m)
@@ -77,7 +80,9 @@ def candidates_of_glacier(
     for start, end in search_periods(year, known, imagery, region.years.baseline):
         items |= {item.id: item for item in catalog.search(box, start, end)}
     if not items:
-        return TABLES["candidates"].empty().drop(columns="year")
+        nothing = TABLES["candidates"].empty().drop(columns="year")
+        nothing.attrs |= {"bytes_read": 0, "unreachable": 0}
+        return nothing
 
     selection = imagery.selection
     crs = str(grid.crs)
@@ -97,23 +102,34 @@ def candidates_of_glacier(
         wanted = list(imagery.sensor.bands)
     if selection.shadow_nir_max is not None and "nir" not in wanted:
         wanted.append("nir")
-    rows = []
-    for day, group in group_by_day(items.values()).items():
-        row: dict[str, Any] = {
+    days = group_by_day(items.values())
+    rows: list[dict[str, Any]] = [
+        {
             "glacier_id": glacier["glacier_id"],
             "date": dt.datetime.combine(day, dt.time()),
             "scene_ids": "+".join(item.id for item in group),
             "hrefs": json.dumps({i.id: {n: i.assets[n].href for n in names if n in i.assets} for i in group}),
             "checksums": json.dumps({i.id: item_checksums(i, names) for i in group}),
         }
-        try:
-            image = read_image(group, imagery, grid, wanted)
-            row |= score_image(image, region=covered, near=near, glaciers=ice, settings=selection)
-            row["scene_ids"] = image.attrs["scene_ids"] or row["scene_ids"]
-        except (SceneError, CatalogError) as error:
-            row["reason"] = f"can not be read: {error}"
-        rows.append(row)
-    return TABLES["candidates"].conform(pd.DataFrame(rows).assign(year=year)).drop(columns="year")
+        for day, group in days.items()
+    ]
+    before, unreachable = bytes_read(), 0
+    for index, image in read_images(list(days.values()), imagery, grid, wanted, policy_of(region.compute)):
+        row = rows[index]
+        if isinstance(image, Exception):
+            row["reason"] = f"can not be read: {image}"
+            unreachable += isinstance(image, SceneUnreachableError)
+            continue
+        row |= score_image(image, region=covered, near=near, glaciers=ice, settings=selection)
+        row["scene_ids"] = image.attrs["scene_ids"] or row["scene_ids"]
+    frame = TABLES["candidates"].conform(pd.DataFrame(rows).assign(year=year)).drop(columns="year")
+    frame.attrs |= {"bytes_read": bytes_read() - before, "unreachable": unreachable}
+    return frame
+
+
+def policy_of(compute: ComputeSettings) -> ReadPolicy:
+    """How the settings want files to be read."""
+    return ReadPolicy(concurrent=compute.concurrent_reads, attempts=compute.read_attempts, stall_s=compute.read_stall_s)
 
 
 def _burn(shapes: gpd.GeoSeries, grid: Any) -> np.ndarray:

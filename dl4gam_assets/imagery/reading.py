@@ -1,19 +1,21 @@
 """Pixels of a day's items on a glacier's grid.
 
 Belongs here: reading windows, scale and offset, mosaicking, cloud and missing masks.
-Does not belong here: judging an image (``scores``).
+Does not belong here: judging an image (``scores``); opening files, retries and threads (``sources``).
 
-Files are read by windows with rasterio rather than by odc.stac.load, with the same digital numbers: for one
-date of a glacier (six local 10 and 20 m files, a window of 250 pixels) it took 20 to 25 ms against 79 to 86 ms on a
-busy two-core machine, most of which odc-stac spends on setting up the load and on opening the files again.
+Grids are odc-geo's, but windows are read with rasterio rather than by odc.stac.load, which gives the same digital
+numbers (tests, benchmarks/imagery.py). Three reasons: for one date of a glacier odc.stac.load takes 2.1 to 3.6 times
+as long with local files, where it sets up the load and opens the files anew for each glacier (over HTTP with 20 ms of
+latency 1.1 to 1.3 times: waiting dominates); its reader offers no place for what ``sources`` does about failing
+servers; and a failed header request would give pixels at the wrong place, which ``sources`` refuses.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,68 +24,47 @@ import rasterio
 import rasterio.warp
 import rasterio.windows
 import xarray as xr
-from rasterio._err import CPLE_BaseError  # what a warp of a damaged file raises; rasterio.errors does not export it
 from rasterio.enums import Resampling
 
-from dl4gam_assets.imagery.catalogs import asset_of, band_metadata, footprint, local_path, lonlat_box
+from dl4gam_assets.imagery.catalogs import CatalogError, asset_of, band_metadata, footprint, local_path, lonlat_box
+from dl4gam_assets.imagery.sources import (
+    ReadPolicy,
+    SceneError,
+    SceneUnreachableError,
+    bytes_read,
+    closing_files,
+    count_window,
+    executor,
+    forget_files,
+    policy_in_force,
+    read,
+    reading_with,
+    submit,
+)
 from dl4gam_assets.settings import ImagerySettings, SensorSettings
 
 if TYPE_CHECKING:
     from odc.geo.geobox import GeoBox
 
-#: GDAL options for windows of many files: no directory listings, merged range requests, retries of transient errors.
-GDAL_OPTIONS: dict[str, Any] = {
-    "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
-    "GDAL_HTTP_MERGE_CONSECUTIVE_RANGES": "YES",
-    "GDAL_HTTP_MAX_RETRY": 4,
-    "GDAL_HTTP_RETRY_DELAY": 1,
-    "VSI_CACHE": True,
-}
-
-
-class SceneError(RuntimeError):
-    """A scene that can not be used. The message names the file or item."""
-
-
-_THREAD = threading.local()  # GDAL datasets must not be shared between threads
-
-
-def _open(href: str, stamp: tuple[int, int] | None) -> Any:
-    try:
-        source = rasterio.open(href)
-    except rasterio.errors.RasterioIOError as error:
-        raise SceneError(f"scene file {href} can not be opened: {error}") from error
-    if source.crs is None:
-        raise SceneError(f"scene file {href} has no coordinate reference system")
-    return source
-
-
-def _opened() -> Any:
-    if not hasattr(_THREAD, "opened"):
-        _THREAD.opened = functools.lru_cache(maxsize=96)(_open)
-    return _THREAD.opened
-
-
-def _source(href: str) -> Any:
-    """The open file of an address; a local file that was replaced is opened again."""
-    stamp = None
-    local = local_path(href)
-    if local is not None:
-        try:
-            stat = local.stat()
-        except OSError as error:
-            raise SceneError(f"scene file {href} can not be opened: {error.strerror}") from error
-        stamp = (stat.st_size, stat.st_mtime_ns)
-    return _opened()(href, stamp)
-
-
-def forget_files() -> None:
-    """Close the files that this thread keeps open."""
-    _opened().cache_clear()
+__all__ = [
+    "ReadPolicy",
+    "SceneError",
+    "SceneUnreachableError",
+    "bytes_read",
+    "closing_files",
+    "forget_files",
+    "read_image",
+    "read_images",
+    "reflectance_scale",
+]
 
 
 def read_image(
-    items: Sequence[pystac.Item], imagery: ImagerySettings, geobox: GeoBox, bands: Sequence[str] | None = None
+    items: Sequence[pystac.Item],
+    imagery: ImagerySettings,
+    geobox: GeoBox,
+    bands: Sequence[str] | None = None,
+    policy: ReadPolicy | None = None,
 ) -> xr.Dataset:
     """A day's image on a grid.
 
@@ -97,6 +78,7 @@ def read_image(
     imagery : sensor (bands, scale, cloud masks) and thresholds
     geobox : grid of the glacier
     bands : our names of the bands to read; all of the sensor by default
+    policy : how many files at once and how patiently; never changes a value
 
     Returns
     -------
@@ -107,7 +89,8 @@ def read_image(
     Raises
     ------
     SceneError
-        if a file can not be read, or its scale can not be established.
+        if a file can not be read, or its scale can not be established. SceneUnreachableError where a server did not
+        give a file, though it may do so later.
     CatalogError
         if an item lacks an asset.
     """
@@ -117,17 +100,26 @@ def read_image(
     cloud = np.zeros(geobox.shape, dtype=bool)
     missing = np.ones(geobox.shape, dtype=bool)
     used: list[str] = []
-    with rasterio.Env(**GDAL_OPTIONS):
+    with reading_with(policy) as rules:
+        threads = threads_for(items, sensor, rules)
         for item in _by_cover(items, geobox):
             if 1.0 - missing.mean() >= imagery.selection.single_tile_coverage:
                 break
-            values = np.stack([_reflectance(item, sensor, name, geobox) for name in names])
-            absent = ~np.isfinite(values).all(axis=0)
-            fresh = missing & ~absent
-            if not fresh.any():
-                continue
-            reflectance[:, fresh] = values[:, fresh]
-            cloud[fresh] = _cloud(item, sensor, geobox)[fresh]
+            with _asked(item, sensor, names, geobox, threads) as (layers, masks):
+                values = np.stack([layer() for layer in layers])
+                absent = ~np.isfinite(values).all(axis=0)
+                fresh = missing & ~absent
+                if not fresh.any():
+                    continue
+                for mask in masks:
+                    mask()
+            mask_of_item = _cloud(item, sensor, geobox)
+            if not used:  # the first: nothing to keep of what is there
+                values[:, absent] = np.nan
+                reflectance, cloud = values, mask_of_item & fresh
+            else:
+                reflectance[:, fresh] = values[:, fresh]
+                cloud[fresh] = mask_of_item[fresh]
             missing &= absent
             used.append(item.id)
     return xr.Dataset(
@@ -139,6 +131,91 @@ def read_image(
         coords={"band": names},
         attrs={"scene_ids": "+".join(used)},
     )
+
+
+def read_images(
+    days: Sequence[Sequence[pystac.Item]],
+    imagery: ImagerySettings,
+    geobox: GeoBox,
+    bands: Sequence[str] | None = None,
+    policy: ReadPolicy | None = None,
+) -> Iterator[tuple[int, xr.Dataset | SceneError | CatalogError]]:
+    """The images of several days on one grid, each as it is ready, with the index of its day.
+
+    Files on a network are read concurrently, within the days and over them, with at most ``policy.concurrent`` at once
+    and only as many days in memory as keep that many busy. Values are those of :func:`read_image`, whatever the order;
+    a day that can not be read gives its error instead.
+    """
+    rules = policy or policy_in_force()
+    threads = max((threads_for(items, imagery.sensor, rules) for items in days), default=1)
+    if threads == 1:
+        for index, items in enumerate(days):
+            yield index, _or_error(items, imagery, geobox, bands, rules)
+        return
+    files = len(bands if bands is not None else imagery.sensor.bands) + 1
+    at_once = min(len(days), threads // files + 2)
+    pool = executor(f"days of {threads}", threads + 2)
+    waiting: dict[Future[xr.Dataset | SceneError | CatalogError], int] = {}
+    todo = iter(enumerate(days))
+    try:
+        while True:
+            while len(waiting) < at_once and (following := next(todo, None)) is not None:
+                index, items = following
+                waiting[pool.submit(_or_error, items, imagery, geobox, bands, rules)] = index
+            if not waiting:
+                return
+            ready, _ = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in sorted(ready, key=waiting.__getitem__):
+                yield waiting.pop(future), future.result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def _or_error(
+    items: Sequence[pystac.Item],
+    imagery: ImagerySettings,
+    geobox: GeoBox,
+    bands: Sequence[str] | None,
+    policy: ReadPolicy,
+) -> xr.Dataset | SceneError | CatalogError:
+    try:
+        return read_image(items, imagery, geobox, bands, policy)
+    except (SceneError, CatalogError) as error:
+        return error
+
+
+def threads_for(items: Sequence[pystac.Item], sensor: SensorSettings, policy: ReadPolicy) -> int:
+    """How many files of these items are read at once (see ``ReadPolicy.concurrent``)."""
+    if policy.concurrent:
+        return policy.concurrent
+    hrefs = (a.href for item in items for name in sensor.bands.values() if (a := item.assets.get(name)) is not None)
+    return 16 if any(local_path(href) is None for href in hrefs) else 1
+
+
+@contextlib.contextmanager
+def _asked(
+    item: pystac.Item, sensor: SensorSettings, names: Sequence[str], geobox: GeoBox, threads: int
+) -> Iterator[tuple[list[Callable[[], np.ndarray]], list[Callable[[], np.ndarray]]]]:
+    """Calls that give the bands of an item in their order, and calls that wait until its mask files were read.
+
+    In threads all files are asked for when the block begins. The masks are read again afterwards, from open files
+    and blocks in memory, so that whatever makes masks of them need not know of threads.
+    """
+    bands = [functools.partial(_reflectance, item, sensor, name, geobox) for name in names]
+    if threads == 1:
+        yield list(bands), []
+        return
+    named = {sensor.scene_classification, sensor.cloud_probability} - {None}
+    files = [asset for name in sorted(map(str, named)) if (asset := item.assets.get(name)) is not None]
+    pool = executor("files", threads)
+    futures = [submit(pool, band) for band in bands]
+    masks = [submit(pool, _onto, asset, sensor, geobox, Resampling.nearest, False) for asset in files]
+    try:
+        yield [f.result for f in futures], [f.result for f in masks]
+    finally:
+        for future in (*futures, *masks):
+            future.cancel()
 
 
 def _by_cover(items: Sequence[pystac.Item], geobox: GeoBox) -> list[pystac.Item]:
@@ -199,42 +276,60 @@ def _cloud(item: pystac.Item, sensor: SensorSettings, geobox: GeoBox) -> np.ndar
 def _onto(
     asset: pystac.Asset, sensor: SensorSettings, geobox: GeoBox, resampling: Resampling, mask: bool = True
 ) -> np.ndarray:
-    """One band on the grid as float32, NaN where missing. Aligned pixels are copied, others are resampled."""
+    """One band on the grid as float32, NaN where missing.
+
+    Pixels that coincide are copied, others are resampled. To a grid whose pixels are more than 1.4 of the file's they
+    are averaged; of classes the commonest is taken.
+    """
     href = asset.get_absolute_href() or asset.href
-    source = _source(href)
     band = _band_index(asset)
+    stated = band_metadata(asset, band).get("nodata", sensor.nodata) if mask else None
+    return read(href, functools.partial(_window, href, band, mask, stated, geobox, resampling))
+
+
+def _window(
+    href: str, band: int, mask: bool, stated: float | None, geobox: GeoBox, resampling: Resampling, source: Any
+) -> np.ndarray:
     if band > source.count:
         raise SceneError(f"scene file {href} has {source.count} bands, band {band} is wanted")
     nodata = None
     if mask:
-        stated = band_metadata(asset, band).get("nodata", sensor.nodata)
         nodata = source.nodata if stated is None else float(stated)
-    try:
-        window = _aligned(source, geobox)
-        if window is not None:
-            return _copy(source, band, window, nodata)
-        coarse = _parallel(source, geobox)
-        if coarse is not None and (nodata is None or nodata == source.nodata):
-            # Same CRS, other pixel size: GDAL resamples while it reads, several times faster than a warp.
-            out = source.read(band, window=coarse, out_shape=geobox.shape, resampling=resampling, out_dtype="float32")
-            if nodata is not None:
-                out[out == nodata] = np.nan
-            return out
-        out = np.full(geobox.shape, np.nan, dtype=np.float32)
-        rasterio.warp.reproject(
-            rasterio.band(source, band),
-            out,
-            src_nodata=nodata,
-            dst_transform=geobox.affine,
-            dst_crs=str(geobox.crs),
-            dst_nodata=np.nan,
-            init_dest_nodata=True,
-            resampling=resampling,
-        )
+    window = _aligned(source, geobox)
+    if window is not None:
+        count_window(source, band, window, href)
+        return _copy(source, band, window, nodata)
+    coarse = _parallel(source, geobox)
+    if coarse is not None and (nodata is None or nodata == source.nodata):
+        # Same CRS, other pixel size: GDAL resamples while it reads, several times faster than a warp.
+        count_window(source, band, coarse, href)
+        out = source.read(band, window=coarse, out_shape=geobox.shape, resampling=resampling, out_dtype="float32")
+        if nodata is not None:
+            out[out == nodata] = np.nan
         return out
-    except (rasterio.errors.RasterioError, CPLE_BaseError) as error:
-        forget_files()
-        raise SceneError(f"scene file {href} can not be read: {error}; is it complete?") from error
+    touched = _touched(source, geobox)
+    count_window(source, band, touched, href)
+    if touched.width > 1.4 * geobox.shape[1]:
+        # Coarser than the file: the mean of the pixels below (the commonest of classes); bilinear would sample them.
+        resampling = Resampling.mode if resampling == Resampling.nearest else Resampling.average
+    out = np.full(geobox.shape, np.nan, dtype=np.float32)
+    rasterio.warp.reproject(
+        rasterio.band(source, band),
+        out,
+        src_nodata=nodata,
+        dst_transform=geobox.affine,
+        dst_crs=str(geobox.crs),
+        dst_nodata=np.nan,
+        init_dest_nodata=True,
+        resampling=resampling,
+    )
+    return out
+
+
+def _touched(source: Any, geobox: GeoBox) -> rasterio.windows.Window:
+    """The window of a file under a grid of any CRS."""
+    bounds = rasterio.warp.transform_bounds(str(geobox.crs), source.crs, *geobox.boundingbox)
+    return rasterio.windows.from_bounds(*bounds, transform=source.transform)
 
 
 def _aligned(source: Any, geobox: GeoBox) -> rasterio.windows.Window | None:
@@ -294,12 +389,3 @@ def _copy(source: Any, band: int, window: rasterio.windows.Window, nodata: float
 
 def _band_index(asset: pystac.Asset) -> int:
     return int(asset.extra_fields.get("band_index", 1))
-
-
-@contextlib.contextmanager
-def closing_files() -> Iterator[None]:
-    """Close all files of this thread when the block ends (tests on platforms that lock open files)."""
-    try:
-        yield
-    finally:
-        forget_files()

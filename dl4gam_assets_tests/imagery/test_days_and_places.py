@@ -9,6 +9,7 @@ import numpy as np
 import pystac
 import pytest
 import rasterio
+import rasterio.warp
 import shapely
 import shapely.geometry
 from affine import Affine
@@ -102,6 +103,62 @@ def test_a_damaged_item_file_is_named(make_item: ItemMaker, tmp_path: Path) -> N
     path.write_text("{")
     with pytest.raises(CatalogError, match=r"b\.json"):
         open_catalog(StacFolder(path="stac/catalog.json"), tmp_path, SensorSettings())
+
+
+# ------------------------------------------------------------------------------------- zones, tiles, the antimeridian
+def _latitudes(path: Path, crs: str, west: float, north: float, n: int = 240) -> tuple[float, float, float, float]:
+    """A tile whose digital number tells the latitude, 1 for each 1e-5 degrees above 66.3; its bounds in degrees."""
+    transform = Affine(20, 0, west, 0, -20, north)
+    col, row = np.meshgrid(np.arange(n) + 0.5, np.arange(n) + 0.5)
+    x, y = transform * (col.ravel(), row.ravel())
+    _, lat = rasterio.warp.transform(crs, "EPSG:4326", x, y)
+    values = np.round((np.array(lat).reshape(n, n) - 66.3) * 1e5).astype(np.uint16)
+    with rasterio.open(
+        path, "w", driver="GTiff", height=n, width=n, count=1, dtype="uint16", nodata=0, crs=crs, transform=transform
+    ) as target:
+        target.write(values, 1)
+    return rasterio.warp.transform_bounds(crs, "EPSG:4326", west, north - 20 * n, west + 20 * n, north)
+
+
+@pytest.mark.parametrize("meridian", [180, 12], ids=["antimeridian", "zones 32 and 33"])
+def test_a_glacier_on_the_border_of_zones_is_mosaicked_from_both(tmp_path: Path, meridian: int) -> None:
+    """Tiles of two UTM zones that meet at a meridian, a glacier on it, found by box and read in the eastern zone."""
+    from odc.geo.geobox import GeoBox
+
+    left, right = ("EPSG:32660", "EPSG:32601") if meridian == 180 else ("EPSG:32632", "EPSG:32633")
+    lon, lat = float(meridian), 66.35
+    (x_left,), (y_left,) = rasterio.warp.transform("EPSG:4326", left, [lon - 1e-9], [lat])
+    (x_right,), (y_right,) = rasterio.warp.transform("EPSG:4326", right, [-180.0 if meridian == 180 else lon], [lat])
+    # The western tile ends 100 m east of the meridian, the eastern one begins 100 m west of it.
+    tiles = {
+        "west": (left, round(x_left, -1) + 100 - 4800, round(y_left, -1) + 2400),
+        "east": (right, round(x_right, -1) - 100, round(y_right, -1) + 2400),
+    }
+    items = []
+    for name, (crs, west, north) in tiles.items():
+        bounds = _latitudes(tmp_path / f"{name}.tif", crs, west, north)
+        item = _item(name, "2020-08-10T00:30", bounds, **{"grid:code": name})
+        item.add_asset("green", pystac.Asset(str(tmp_path / f"{name}.tif")))
+        items.append(item)
+    save_catalog(items, tmp_path)
+    catalog = open_catalog(StacFolder(path="stac/catalog.json"), tmp_path, SensorSettings())
+    grid = GeoBox((100, 100), Affine(10, 0, round(x_right, -1) - 600, 0, -10, round(y_right, -1) + 500), right)
+    box = rasterio.warp.transform_bounds(right, "EPSG:4326", *grid.boundingbox)
+    found = catalog.search(box, dt.date(2020, 8, 9), dt.date(2020, 8, 11))
+    (day,) = group_by_day(found).values()
+    assert sorted(i.id for i in day) == ["east", "west"]
+    sensor = SensorSettings(bands={"green": "green"}, scale=1e-5, offset=0.0)
+    imagery = ImagerySettings(catalog=StacFolder(path="x"), sensor=sensor)
+    image = read_image(day, imagery, grid)
+    assert set(image.attrs["scene_ids"].split("+")) == {"east", "west"}
+    assert not image["missing"].any()
+    col, row = np.meshgrid(np.arange(100) + 0.5, np.arange(100) + 0.5)
+    x, y = grid.affine * (col.ravel(), row.ravel())
+    _, truth = rasterio.warp.transform(right, "EPSG:4326", x, y)
+    metres = (image["reflectance"].to_numpy()[0].ravel() + 66.3 - np.array(truth)) * 111_000
+    # Rounding of the numbers (0.6 m), and GDAL's eighth of a 20 m pixel when it warps.
+    assert np.abs(metres).max() < 0.6 + 20 / 8 + 0.5
+    assert np.abs(metres.mean()) < 0.5  # half a pixel of misplacement would be 5 to 10 m
 
 
 # --------------------------------------------------------------------------------------------- folders of files

@@ -41,11 +41,13 @@ def _item(make_item: ItemMaker) -> pystac.Item:
 def _by_odc(item: pystac.Item, grid: GeoBox) -> dict[str, np.ndarray]:
     import odc.stac
 
+    coarser = grid.resolution.x > 20
+
     loaded = odc.stac.load(
         [item],
         bands=[*BANDS, "scl"],
         geobox=grid,
-        resampling={"scl": "nearest", "*": "bilinear"},
+        resampling={"scl": "mode", "*": "average"} if coarser else {"scl": "nearest", "*": "bilinear"},
         stac_cfg={"*": {"assets": {"*": {"data_type": "uint16", "nodata": 0}}}},
     )
     values = {name: loaded[name].isel(time=0).to_numpy() for name in [*BANDS, "scl"]}
@@ -78,6 +80,46 @@ def test_as_odc_stac_reads_it(make_item: ItemMaker, grid: GeoBox) -> None:
         np.testing.assert_allclose(values[clear], theirs[name][clear], atol=1.01e-4)  # one digital number
     agree = (theirs["scl"] == 9) == ours["cloud"].to_numpy()
     assert agree[~missing].mean() > 0.98
+
+
+@pytest.mark.parametrize("pixel", [10, 20])
+@pytest.mark.parametrize("grid", [_grid(), _grid(210, 230), _grid(203, 207)], ids=["aligned", "half", "shifted"])
+def test_a_gradient_keeps_its_place(make_item: ItemMaker, pixel: int, grid: GeoBox) -> None:
+    """A plane is what bilinear resampling reproduces exactly, if pixels are taken at their centres.
+
+    Half a 20 m pixel of misplacement would be 10 m: 0.004 here, of which the test allows a fortieth.
+    """
+    n = SIZE * 10 // pixel
+    name = {10: "green", 20: "swir16"}[pixel]
+    at = (np.arange(n) + 0.5) * pixel  # metres from the upper left corner to the centres
+    plane = 0.05 + 4e-4 * at[None, :] + 3e-4 * at[:, None]
+    item = make_item("a", "2020-08-10", **{name: plane})
+    image = read_image([item], IMAGERY, grid, [name])["reflectance"].to_numpy()[0]
+    x = grid.affine.c - WEST + (np.arange(60) + 0.5) * 10
+    y = NORTH - grid.affine.f + (np.arange(60) + 0.5) * 10
+    np.testing.assert_allclose(image, 0.05 + 4e-4 * x[None, :] + 3e-4 * y[:, None], atol=1e-4)
+
+
+@pytest.mark.parametrize("factor", [2, 3, 6])
+def test_a_coarser_grid_has_the_mean_of_its_pixels(make_item: ItemMaker, factor: int) -> None:
+    noise = _noisy()
+    n = 60 // factor
+    grid = _grid(120, 120, n, 10.0 * factor)
+    image = read_image([make_item("a", "2020-08-10", green=noise)], IMAGERY, grid, ["green"])
+    mean = noise[12:72, 12:72].reshape(n, factor, n, factor).mean((1, 3))
+    np.testing.assert_allclose(image["reflectance"].to_numpy()[0], mean, atol=1e-4)
+
+
+def test_a_coarser_grid_takes_the_commonest_class(make_item: ItemMaker) -> None:
+    cloud = np.zeros((SIZE, SIZE), bool)
+    cloud[20:40, 20:33] = True
+    sensor = SensorSettings(scene_classification="scl")
+    imagery = ImagerySettings(catalog=StacFolder(path="x"), sensor=sensor)
+    item = make_item("a", "2020-08-10", cloud=cloud)
+    seen = read_image([item], imagery, _grid(180, 180, 5, 60.0), ["green"])["cloud"].to_numpy()
+    share = cloud[18:48, 18:48].reshape(5, 6, 5, 6).mean((1, 3))
+    np.testing.assert_array_equal(seen[np.abs(share - 0.5) > 0.1], (share > 0.5)[np.abs(share - 0.5) > 0.1])
+    assert seen.any() and not seen.all()
 
 
 def test_a_grid_of_another_zone_lands_at_the_same_place(make_item: ItemMaker) -> None:
