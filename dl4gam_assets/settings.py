@@ -89,6 +89,11 @@ class InventorySettings(_Strict):
     default_country: str = ""
     default_date: dt.date | None = Field(None, description="Used for glaciers without a date.")
     min_area_km2: float = Field(0.1, gt=0, description="Smaller glaciers are not modelled, only extrapolated to.")
+    merge_parts: bool = Field(
+        False,
+        description="Rows that share an id are parts of one glacier: their outlines are united, the attributes of the "
+        "largest kept. false: only the first row of an id is used and the others are reported.",
+    )
     model_within: list[str] = Field(
         [],
         description="Files (glob patterns below data_root) that show where imagery is: a raster's non-zero pixels or a "
@@ -247,13 +252,30 @@ class ImagerySettings(_Strict):
 
 # --------------------------------------------------------------------------------------------- terrain
 class ElevationChangePeriod(_Strict):
-    path: str
+    """dh/dt of one period: a mosaic, or tiles."""
+
+    path: str | list[str] = Field(
+        description="File, folder of tiles, glob pattern, or address with {lat} and {lon} (N46, E007: lower left corner "
+        "of a tile of 1 x 1 degree); {start} and {end} are the period's years. Of Hugonnet's tiles in a folder only "
+        "those of the period are taken."
+    )
     start: int = Field(description="First year of the period (e.g. 2010).")
     end: int
+    error_path: str | list[str] | None = Field(
+        None, description="The same for the standard error (..._dhdt_err.tif), kept as the cube's layer dhdt_err."
+    )
 
 
 class TerrainSettings(_Strict):
-    dem: list[str] = Field([], description="DEM files, mosaicked in order; empty: elevation is unknown.")
+    dem: list[str] = Field(
+        [],
+        description="DEM files, folders of tiles, glob patterns, or addresses with {lat} and {lon} (N46, E007: lower left "
+        "corner of a tile of 1 x 1 degree), mosaicked in order. With dem_catalog empty too: elevation is unknown.",
+    )
+    dem_catalog: Catalog | None = Field(
+        None, description="STAC catalog of DEM tiles (such as cop-dem-glo-30); they come after those of `dem`."
+    )
+    dem_asset: str = Field("data", description="Asset of dem_catalog's items that holds the elevation.")
     dem_source: str = ""
     dem_nodata: float | None = Field(None, description="No-data value where the DEM's file does not say.")
     smoothing_sigma: float = Field(1.0, ge=0, description="Gaussian before derivatives, in pixels, 3x3 window.")
@@ -264,6 +286,17 @@ class TerrainSettings(_Strict):
         "Both give the published choice (2010 to 2015 for 2015, 2015 to 2020 for 2023) from the data of that time.",
     )
     elevation_change_source: str = ""
+    velocity: list[str] = Field(
+        [],
+        description="Surface speed in m/yr (ITS_LIVE ..._v.tif), named as `dem`: the cube's layer v and the channel "
+        "velocity. Empty: none.",
+    )
+    velocity_source: str = ""
+
+    @property
+    def has_dem(self) -> bool:
+        """Whether any elevation is configured."""
+        return bool(self.dem) or self.dem_catalog is not None
 
 
 # --------------------------------------------------------------------------------------------- folds, training
@@ -295,8 +328,8 @@ class ModelSettings(_Strict):
 class TrainingSettings(_Strict):
     members: int = Field(10, ge=1, description="Ensemble members (seeds) for each fold.")
     patch_px: int = Field(256, ge=32, multiple_of=32)
-    train_step_px: int = Field(32, ge=1)
-    validation_step_px: int = Field(64, ge=1)
+    train_step_px: int = Field(32, ge=1, description="Patch centres lie where row and column are multiples.")
+    validation_step_px: int = Field(64, ge=1, description="Centres of the patches that choose the best epoch.")
     train_patches: int = Field(7488, ge=1, description="Patches drawn once a member, at least one a glacier.")
     batch_size: int = Field(16, ge=1)
     epochs: int = Field(30, ge=1)
@@ -339,12 +372,35 @@ class CalibrationSettings(_Strict):
 
 
 class ChangeSettings(_Strict):
+    """Rates, quality flags, totals and trends (METHOD sections 9 and 11)."""
+
     dates: Literal["decimal_years", "whole_years"] = Field(
         "decimal_years", description="'whole_years' is the published choice (METHOD section 11)."
     )
-    snr_min: float = 1.0
-    recall_min: float = 0.9
-    between_glacier_correlation: float = Field(1.0, ge=0, le=1, description="1: fully dependent (published); 0: none.")
+    snr_min: float = Field(1.0, ge=0, description="Flag `snr`: the change is smaller than this times its deviation.")
+    recall_min: float = Field(0.9, ge=0, le=1, description="Flag `recall`: less of the inventory was found again.")
+    usable_min: float = Field(
+        0.7, ge=0, le=1, description="Flag `cloud`: less of the glacier and its 20 m zone was seen, in either image."
+    )
+    filled_max: float = Field(0.3, ge=0, le=1, description="Flag `filled`: more of the map was filled, in either year.")
+    growth_max: float = Field(
+        2.0, ge=0, description="Flag `growth`: the glacier grew by more than this times the deviation of its change."
+    )
+    filter: list[Literal["snr", "recall", "cloud", "filled", "growth"]] = Field(
+        ["snr", "recall"],
+        description="Flags that keep a glacier out of `filtered` and `extrapolated` totals (published: snr, recall). "
+        "Every flag is a column all the same.",
+    )
+    between_glacier_correlation: float = Field(
+        1.0, ge=0, le=1, description="Of errors: 1: fully dependent (published); 0: independent."
+    )
+    correlation_length_km: float | None = Field(
+        None,
+        gt=0,
+        description="The correlation decays with distance as exp(-d / length). null: the same between any two glaciers.",
+    )
+    trend_min_years: int = Field(3, ge=3, description="A trend needs images of so many years.")
+    trend_bootstrap: int = Field(300, ge=50, description="Resamples behind the interval of the Theil-Sen trend.")
     size_class_edges_km2: list[float] = [0.01, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0]
     sieve_px: int = Field(10, ge=0, description="Smaller patches are removed from outlines.")
 
@@ -384,10 +440,11 @@ class SimulationSettings(_Strict):
 class EvaluationSettings(_Strict):
     note: str = Field("", description="A sentence shown wherever the figures are shown: what they can not tell.")
     reference: str | None = Field(
-        None, description="A second set of outlines that judges the predictions of `reference_year`."
+        None,
+        description="A second inventory's outlines (vector file below data_root) that judges the baseline year's maps too.",
     )
     reference_layer: str | None = None
-    reference_year: int | None = None
+    reference_source: str = Field("", description="Citation of the second inventory.")
 
 
 class ComputeSettings(_Strict):
@@ -399,6 +456,16 @@ class ComputeSettings(_Strict):
         1,
         ge=1,
         description="Partitions that one Dagster run takes; small regions take many to save start-up time.",
+    )
+    concurrent_reads: int = Field(
+        0,
+        ge=0,
+        description="Image files that one process reads at once. 0: 16 where they are on a network, 1 where they are "
+        "local files, since the processes keep the cores busy already.",
+    )
+    read_attempts: int = Field(6, ge=1, description="How often a file on a network is asked for before it is given up.")
+    read_stall_s: float = Field(
+        20.0, ge=1, description="Seconds without progress that end a request for a file, which is then repeated."
     )
 
 
@@ -430,7 +497,7 @@ class Region(_Strict):
     def _channels_exist(self) -> Region:
         bands = set(self.imagery.sensor.bands)
         needs = {"ndvi": {"nir", "red"}, "ndwi": {"green", "nir"}, "ndsi": {"green", "swir16"}}
-        known = bands | {"dem", "dhdt"} | TERRAIN_CHANNELS
+        known = bands | {"dem", "dhdt", "velocity"} | TERRAIN_CHANNELS
         for channel in self.model.channels:
             if channel in needs:
                 lacking = needs[channel] - bands
@@ -443,8 +510,10 @@ class Region(_Strict):
                     f"model.channels: {channel!r} is neither a band of the sensor nor a known layer; "
                     f"did you mean {_nearest(channel, known | set(needs))!r}?"
                 )
-            elif channel in TERRAIN_CHANNELS | {"dem"} and not self.terrain.dem and self.simulation is None:
-                raise ValueError(f"model.channels: {channel} needs terrain.dem")
+            elif channel in TERRAIN_CHANNELS | {"dem"} and not self.terrain.has_dem and self.simulation is None:
+                raise ValueError(f"model.channels: {channel} needs terrain.dem or terrain.dem_catalog")
+            elif channel == "velocity" and not self.terrain.velocity:
+                raise ValueError("model.channels: velocity needs terrain.velocity")
         return self
 
     def fingerprint(self, *sections: str) -> str:

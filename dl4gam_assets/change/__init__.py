@@ -2,7 +2,7 @@
 
 Belongs here: everything between a glacier's probability map and the numbers that are reported: its area with bounds
 (:mod:`.areas`), outlines (:mod:`.outlines`), held-out quality (:mod:`.evaluation`), change of each glacier
-(:mod:`.rates`), totals and extrapolation to glaciers that were not measured (:mod:`.regional`), and the comparison of
+(:mod:`.rates`) and its trend over all years (:mod:`.trends`), totals with shared errors (:mod:`.correlation`) and extrapolation to glaciers that were not measured (:mod:`.regional`), and the comparison of
 simulated regions with their truth (:mod:`.truth`).
 Does not belong here: Dagster, file access, how a map was predicted or calibrated.
 
@@ -26,6 +26,8 @@ _HOMES = {
     "decimal_year": "rates",
     "regional_changes": "regional",
     "combined_std": "regional",
+    "ErrorCorrelation": "correlation",
+    "area_trends": "trends",
     "fit_rate_law": "regional",
     "RateLaw": "regional",
     "size_class": "regional",

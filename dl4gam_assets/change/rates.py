@@ -1,6 +1,6 @@
 """Change of each glacier between the baseline and a year, with its uncertainty and quality flags.
 
-Belongs here: matching two years by glacier id, time between images, rates, the quality filter.
+Belongs here: matching two years by glacier id, time between images, rates, quality flags.
 Does not belong here: sums over glaciers (``regional``), areas themselves (``areas``).
 Source: Diaconu et al. 2025, doi:10.1029/2025EA004197 (METHOD sections 9 and 11).
 """
@@ -13,6 +13,8 @@ import pandas as pd
 from dl4gam_assets.settings import ChangeSettings
 from dl4gam_assets.tables import TABLES
 
+#: The quality flags, in the order in which they are named.
+FLAGS = ("snr", "recall", "cloud", "filled", "growth")
 #: Images closer together than this give no rate: the change is a small fraction of the error, divided by almost zero.
 MIN_YEARS = 0.5
 
@@ -46,9 +48,12 @@ def area_changes(
 
     Returns
     -------
-    changes : rows of the table ``changes``; empty where ``areas`` is the baseline year itself. ``flags`` names what
-        the quality filter objects to (``snr``, ``recall``; recall is that of the inventory year), ``ok`` is no flag.
-        ``snr`` is null where the deviation is zero.
+    changes : rows of the table ``changes``; empty where ``areas`` is the baseline year itself. A column for each flag:
+        ``flag_snr`` (the change is smaller than its deviation), ``flag_recall`` (too little of the outline was found in
+        the inventory year), ``flag_cloud`` and ``flag_filled`` (too little was seen, or too much filled, in either
+        image), ``flag_growth`` (the glacier grew by more than its uncertainty allows). ``flags`` names them; ``ok``
+        means that none of ``settings.filter`` is set. A share that is unknown raises no flag. ``snr`` is null where
+        the deviation is zero.
     excluded : (glacier_id, reason) of glaciers without a rate: ``no_baseline``, ``not_measured`` (in this year),
         ``same_date`` (one image, or one whole year, served both) or ``short_time`` (less than half a year between).
 
@@ -67,9 +72,13 @@ def area_changes(
     if len(areas) and len(baseline) and areas["year"].iloc[0] == baseline["year"].iloc[0]:
         return empty
 
-    keep = ["glacier_id", "year", "image_date", "area_km2", "std_km2"]
-    both = areas[keep].merge(
-        baseline[[*keep, "recall"]], on="glacier_id", suffixes=("", "_0"), how="outer", validate="one_to_one"
+    keep = ["glacier_id", "year", "image_date", "area_km2", "std_km2", "usable_share", "filled_share"]
+    both = areas.reindex(columns=keep).merge(
+        baseline.reindex(columns=[*keep, "recall"]),
+        on="glacier_id",
+        suffixes=("", "_0"),
+        how="outer",
+        validate="one_to_one",
     )
     both["glacier_id"] = both["glacier_id"].astype(str)
     both = both.sort_values("glacier_id", ignore_index=True)
@@ -96,8 +105,19 @@ def area_changes(
     with np.errstate(divide="ignore", invalid="ignore"):
         snr = np.where(std > 0, np.abs(rate) / std, np.nan)
         percent = np.where(a0 > 0, 100.0 / a0, np.nan)
-    weak = np.where(std > 0, ~(snr >= settings.snr_min), rate == 0)
-    missed = ~(recall >= settings.recall_min)
+    usable = np.fmin(kept["usable_share"].to_numpy(dtype=float), kept["usable_share_0"].to_numpy(dtype=float))
+    filled = np.fmax(kept["filled_share"].to_numpy(dtype=float), kept["filled_share_0"].to_numpy(dtype=float))
+    later_minus_earlier = np.sign(t) * (a1 - a0)
+    flags = {
+        "snr": np.where(std > 0, ~(snr >= settings.snr_min), rate == 0),
+        "recall": ~(recall >= settings.recall_min),
+        "cloud": usable < settings.usable_min,
+        "filled": filled > settings.filled_max,
+        "growth": later_minus_earlier > settings.growth_max * np.hypot(s0, s1),
+    }
+    names = list(flags)
+    raised = np.column_stack([flags[name] for name in names])
+    stopped = raised[:, [names.index(name) for name in settings.filter]].any(axis=1)
     changes = pd.DataFrame(
         {
             "glacier_id": kept["glacier_id"].to_numpy(),
@@ -116,8 +136,11 @@ def area_changes(
             "rate_std_pct_per_year": std * percent,
             "snr": snr,
             "recall": recall,
-            "ok": ~(weak | missed),
-            "flags": [",".join(n for n, bad in (("snr", w), ("recall", m)) if bad) for w, m in zip(weak, missed)],
+            "usable_share": usable,
+            "filled_share": filled,
+            **{f"flag_{name}": flags[name] for name in FLAGS},
+            "ok": ~stopped,
+            "flags": [",".join(name for name, bad in zip(names, row, strict=True) if bad) for row in raised],
         }
     )
     return TABLES["changes"].conform(changes), excluded.reset_index(drop=True)

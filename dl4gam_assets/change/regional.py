@@ -1,7 +1,7 @@
 """Totals of many glaciers with their uncertainty, and extrapolation to glaciers that were not measured.
 
-Belongs here: correlated sums, the law of relative rate against area, totals by region, country and size class.
-Does not belong here: rates of single glaciers (``rates``).
+Belongs here: the law of relative rate against area, totals by region, country, size class and aspect.
+Does not belong here: rates of single glaciers (``rates``), how errors correlate (``correlation``).
 Source: Diaconu et al. 2025, doi:10.1029/2025EA004197 (METHOD sections 9 and 11). Where this goes beyond the paper:
 any correlation of errors between glaciers, a method without the signal-to-noise filter, guards for small samples, and
 no glacier loses more than all its area.
@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
+from dl4gam_assets.change.correlation import ErrorCorrelation
 from dl4gam_assets.change.rates import decimal_year
 from dl4gam_assets.settings import ChangeSettings
 from dl4gam_assets.tables import TABLES
@@ -33,6 +34,7 @@ MIN_GLACIERS_OF_CLASS = 3
 #: Day of the year, as a fraction, that stands for a year without images: mid September.
 _LATE_SUMMER = 0.7
 
+SECTORS = ("N", "NE", "E", "SE", "S", "SW", "W", "NW")
 METHODS = ("measured", "filtered", "extrapolated", "extrapolated_without_snr")
 
 
@@ -42,10 +44,7 @@ def combined_std(std: np.ndarray, correlation: float) -> float:
     1 adds them linearly (published: fully dependent), 0 in quadrature:
     ``var = rho (sum s)^2 + (1 - rho) sum s^2``.
     """
-    if not 0.0 <= correlation <= 1.0:
-        raise ValueError(f"correlation is {correlation}, outside [0, 1]")
-    std = np.asarray(std, dtype=float)
-    return float(np.sqrt(correlation * std.sum() ** 2 + (1.0 - correlation) * (std**2).sum()))
+    return ErrorCorrelation(correlation).std_of_sum(std)
 
 
 def size_class(area_km2: np.ndarray, edges: Sequence[float]) -> np.ndarray:
@@ -148,8 +147,9 @@ def regional_changes(
     settings: ChangeSettings,
     year: int,
     baseline_year: int,
+    aspects: pd.Series | None = None,
 ) -> pd.DataFrame:
-    """Rows of the table ``regional_changes`` for one year: the region, each country, each size class.
+    """Rows of the table ``regional_changes`` for one year: the region, each country, each size class and aspect.
 
     Methods
     -------
@@ -165,7 +165,8 @@ def regional_changes(
         the same with the recall filter only: free of the lean above, at the price of noisier glaciers.
 
     Rates are sums of the glaciers' own rates. Deviations are combined over glaciers for each of the two times
-    (:func:`combined_std` with settings.between_glacier_correlation), and over time in quadrature. A rate from the law
+    (:class:`~dl4gam_assets.change.correlation.ErrorCorrelation`: settings.between_glacier_correlation and
+    correlation_length_km, both kept in the row), and over time in quadrature. A rate from the law
     is given half its variance at each time. Percentages are of the summed baseline area, whose own error is left out.
     Sizes are classes of the inventory area. Groups without any glacier of a method have ``n_glaciers`` 0 and nulls.
     In the baseline year rates are null; a glacier that was not measured then, or missed the recall filter, enters the
@@ -176,6 +177,8 @@ def regional_changes(
     changes : rows of the table ``changes`` of the year (empty in the baseline year)
     glaciers : the table ``glaciers``
     areas : rows of the table ``areas`` of the year
+    aspects : mean aspect of glaciers in degrees clockwise from north, by glacier id; adds the grouping ``aspect`` of
+        eight sectors (glaciers without one, such as those too small to be modelled, are ``unknown``)
 
     Raises
     ------
@@ -195,9 +198,11 @@ def regional_changes(
     else:
         estimates = _year_estimates(inventory, changes, areas, settings, year, baseline_year)
     rows = []
-    for grouping, group, ids in _groups(inventory, settings):
+    correlation = ErrorCorrelation(settings.between_glacier_correlation, settings.correlation_length_km)
+    for grouping, group, ids in _groups(inventory, settings, aspects):
         for method in METHODS:
             frame = estimates[method]
+            mine = frame[frame.index.isin(ids)]
             rows.append(
                 {
                     "year": year,
@@ -205,7 +210,7 @@ def regional_changes(
                     "group": group,
                     "method": method,
                     "baseline_year": baseline_year,
-                    **_total(frame[frame.index.isin(ids)], settings.between_glacier_correlation),
+                    **_total(mine, correlation, inventory),
                 }
             )
     return TABLES["regional_changes"].conform(pd.DataFrame(rows))
@@ -222,6 +227,7 @@ def _inventory(glaciers: pd.DataFrame, settings: ChangeSettings) -> pd.DataFrame
             "area": glaciers["inventory_area_km2"].to_numpy(dtype=float),
             "date": decimal_year(glaciers["inventory_date"]).to_numpy(),
             "country": country.mask(country == "", "unknown").to_numpy(dtype=object),
+            **{axis: glaciers[axis].to_numpy(dtype=float) for axis in ("lon", "lat") if axis in glaciers},
         },
         index=pd.Index(glaciers["glacier_id"].astype(str), name="glacier_id"),
     )
@@ -231,11 +237,27 @@ def _inventory(glaciers: pd.DataFrame, settings: ChangeSettings) -> pd.DataFrame
     return frame.sort_index()
 
 
-def _groups(inventory: pd.DataFrame, settings: ChangeSettings) -> list[tuple[str, str, pd.Index]]:
+def aspect_sector(degrees: np.ndarray) -> np.ndarray:
+    """Name of the eighth of the compass (N: 337.5 to 22.5 degrees) of each aspect; ``unknown`` where it is NaN."""
+    degrees = np.asarray(degrees, dtype=float)
+    known = np.isfinite(degrees)
+    index = np.floor(np.where(known, degrees, 0.0) / 45.0 + 0.5).astype(int) % 8
+    return np.where(known, np.asarray(SECTORS, dtype=object)[index], "unknown")
+
+
+def _groups(
+    inventory: pd.DataFrame, settings: ChangeSettings, aspects: pd.Series | None
+) -> list[tuple[str, str, pd.Index]]:
     labels = size_class_labels(settings.size_class_edges_km2)
     groups = [("region", "all", inventory.index)]
     groups += [("country", str(c), rows.index) for c, rows in inventory.groupby("country", sort=True)]
     groups += [("size_class", labels[int(c)], rows.index) for c, rows in inventory.groupby("class", sort=True)]
+    if aspects is not None and aspects.notna().any():
+        sectors = pd.Series(aspect_sector(aspects.reindex(inventory.index).to_numpy(dtype=float)), inventory.index)
+        found = sectors.groupby(sectors)
+        groups += [
+            ("aspect", name, found.get_group(name).index) for name in (*SECTORS, "unknown") if name in found.groups
+        ]
     return groups
 
 
@@ -361,24 +383,32 @@ def _joined(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
 
 
 # --------------------------------------------------------------------------------------------- sums
-def _total(frame: pd.DataFrame, correlation: float) -> dict[str, float | int]:
-    total: dict[str, float | int] = {
+def _total(
+    frame: pd.DataFrame, correlation: ErrorCorrelation, inventory: pd.DataFrame
+) -> dict[str, float | int | None]:
+    total: dict[str, float | int | None] = {
         "n_glaciers": len(frame),
         "n_measured": int(frame["measured"].astype(bool).sum()) if len(frame) else 0,
-        "correlation": correlation,
+        "correlation": correlation.rho,
+        "correlation_length_km": correlation.length_km,
     }
     if frame.empty:
         return total
     values = {c: frame[c].to_numpy(dtype=float) for c in _ESTIMATE if c != "measured"}
+    where = inventory.loc[frame.index, ["lon", "lat"]].to_numpy().T if correlation.length_km else (None, None)
+
+    def combined(column: str) -> float:
+        return correlation.std_of_sum(values[column], *where)
+
     a0 = float(values["a0"].sum())
     rate = float(values["rate"].sum())
-    rate_std = float(np.hypot(combined_std(values["e0"], correlation), combined_std(values["e1"], correlation)))
+    rate_std = float(np.hypot(combined("e0"), combined("e1")))
     total |= {
         "years": float(np.average(values["years"], weights=values["a0"])) if a0 > 0 else float("nan"),
         "baseline_area_km2": a0,
-        "baseline_std_km2": combined_std(values["s0"], correlation),
+        "baseline_std_km2": combined("s0"),
         "area_km2": float(values["a1"].sum()),
-        "std_km2": combined_std(values["s1"], correlation),
+        "std_km2": combined("s1"),
         "rate_km2_per_year": rate,
         "rate_std_km2_per_year": rate_std,
     }

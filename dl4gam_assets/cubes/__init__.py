@@ -19,6 +19,8 @@ _HOMES = {
     "cube_mask": "masks",
     "open_cube": "files",
     "write_cube": "files",
+    "content_fingerprint": "files",
+    "cube_channels": "channels",
     "channel_stack": "channels",
 }
 

@@ -18,10 +18,19 @@ import xarray as xr
 from scipy import ndimage
 
 from dl4gam_assets.cubes.masks import cube_mask, pack_masks, zone_name
-from dl4gam_assets.terrain import DERIVATIVES, read_elevation, terrain_derivatives
+from dl4gam_assets.terrain import (
+    DERIVATIVES,
+    boxes,
+    grid_box,
+    read_elevation,
+    read_velocity,
+    terrain_derivatives,
+)
 
 if TYPE_CHECKING:
     from odc.geo.geobox import GeoBox
+
+    from dl4gam_assets.terrain import Tile
 
 _LONG_NAMES = {
     "slope": "surface slope",
@@ -39,8 +48,9 @@ def static_layers(
     debris: gpd.GeoDataFrame,
     geobox: GeoBox,
     *,
-    dem_paths: Sequence[Path] = (),
+    dem_paths: Sequence[Tile | Path | str] | None = None,
     dem_nodata: float | None = None,
+    velocity_paths: Sequence[Tile | Path | str] | None = None,
     smoothing_sigma: float = 1.0,
     buffers_m: Sequence[int] = (-20, -10, 0, 10, 20, 50),
 ) -> xr.Dataset:
@@ -55,11 +65,13 @@ def static_layers(
     ----------
     glaciers, zones, debris : the tables, EPSG:4326; all glaciers, also those that are not modelled
     geobox : grid of the glacier
-    dem_paths : DEM files; without any the terrain layers are absent
+    dem_paths : DEM tiles; None: the terrain layers are absent. An empty list gives layers that are missing everywhere.
+    velocity_paths : tiles of surface speed in m/yr, in the same way
 
     Returns
     -------
-    Dataset (y, x) with ``mask`` uint16, ``glacier_index`` int32, and float32 ``dem`` (m) with its derivatives.
+    Dataset (y, x) with ``mask`` uint16, ``glacier_index`` int32, and float32 ``dem`` (m) with its derivatives,
+    and ``v`` (m/yr).
 
     Raises
     ------
@@ -73,7 +85,7 @@ def static_layers(
     own = glaciers[glaciers["glacier_id"] == glacier_id]
     if not len(own):
         raise KeyError(f"glacier {glacier_id!r} is not in the inventory")
-    window = shapely.box(*geobox.geographic_extent.boundingbox)
+    window = boxes(grid_box(geobox))
     around = glaciers.iloc[glaciers.sindex.query(window, predicate="intersects")]
     crs = str(geobox.crs)
 
@@ -123,18 +135,26 @@ def static_layers(
         out[axis].attrs |= {"standard_name": f"projection_{axis}_coordinate", "units": "m", "axis": axis.upper()}
     out["mask"] = pack_masks(masks)
     out["glacier_index"] = (("y", "x"), index, {"long_name": "integer id of the glacier, -1 elsewhere"})
-    if dem_paths:
+    if dem_paths is not None:
         dem = read_elevation(dem_paths, geobox, dem_nodata)
         out["dem"] = (("y", "x"), dem, {"standard_name": "surface_altitude", "units": "m"})
         pixel = abs(float(geobox.resolution.x))
         for name, values in terrain_derivatives(dem, pixel, smoothing_sigma).items():
             out[name] = (("y", "x"), values, {"long_name": _LONG_NAMES[name], "units": DERIVATIVES[name]})
+    if velocity_paths is not None:
+        speed = read_velocity(velocity_paths, geobox)
+        out["v"] = (("y", "x"), speed, {"long_name": "surface speed of the ice", "units": "m year-1"})
     out.attrs |= {"glacier_id": glacier_id, "Conventions": "CF-1.11"}
     return out
 
 
 def build_cube(
-    static: xr.Dataset, image: xr.Dataset, *, dhdt: np.ndarray | None = None, attrs: Mapping[str, Any] | None = None
+    static: xr.Dataset,
+    image: xr.Dataset,
+    *,
+    dhdt: np.ndarray | None = None,
+    dhdt_error: np.ndarray | None = None,
+    attrs: Mapping[str, Any] | None = None,
 ) -> xr.Dataset:
     """Add an image and elevation change to a glacier's static layers.
 
@@ -143,6 +163,7 @@ def build_cube(
     static : from :func:`static_layers`
     image : from ``imagery.read_image`` on the same grid: ``reflectance`` (band, y, x), ``cloud`` and ``missing`` (y, x)
     dhdt : float array (H, W) in m/yr, NaN where missing
+    dhdt_error : its standard error, in the same way: the layer ``dhdt_err``
     attrs : global attributes (glacier_id, image_date, scene_ids, fingerprint, ...)
 
     Returns
@@ -175,6 +196,11 @@ def build_cube(
         out["dhdt"] = (
             ("y", "x"), np.asarray(dhdt, dtype=np.float32),
             {"long_name": "rate of surface elevation change", "units": "m year-1"},
+        )  # fmt: skip
+    if dhdt_error is not None:
+        out["dhdt_err"] = (
+            ("y", "x"), np.asarray(dhdt_error, dtype=np.float32),
+            {"long_name": "standard error of the rate of surface elevation change", "units": "m year-1"},
         )  # fmt: skip
     out.attrs = {**static.attrs, **(attrs or {})}
     return out

@@ -12,7 +12,10 @@ import numpy as np
 import xarray as xr
 
 from dl4gam_assets.cubes.masks import cube_mask
+from dl4gam_assets.settings import PUBLISHED_CHANNELS
 
+#: Channel -> layer, where missing values are 0.
+_ZERO = {"dhdt": "dhdt", "velocity": "v"}
 _PAIRS = {"ndvi": ("nir", "red"), "ndwi": ("green", "nir"), "ndsi": ("green", "swir16")}
 
 
@@ -20,7 +23,7 @@ def channel_stack(cube: xr.Dataset, channels: Sequence[str]) -> tuple[np.ndarray
     """Raw channels of a cube and where its image is usable.
 
     Bands are reflectance; NDVI, NDWI and NDSI are normalized differences, 1 where the denominator is zero; slope is
-    divided by 90; aspect enters as sine and cosine; missing dh/dt is 0 (Diaconu et al. 2025, section 3).
+    divided by 90; aspect enters as sine and cosine; missing dh/dt and velocity are 0 (Diaconu et al. 2025, section 3).
 
     Parameters
     ----------
@@ -47,6 +50,30 @@ def channel_stack(cube: xr.Dataset, channels: Sequence[str]) -> tuple[np.ndarray
     return out, ~cube_mask(cube, "not_ok")
 
 
+def cube_channels(cube: xr.Dataset, channels: Sequence[str] = PUBLISHED_CHANNELS) -> xr.DataArray:
+    """The channels of a model with their names and places, from a cube alone.
+
+    Parameters
+    ----------
+    cube : as ``xarray.open_dataset(path, decode_coords="all")`` gives it
+    channels : names in order; the 16 of the published models by default
+
+    Returns
+    -------
+    DataArray float32 (channel, y, x), NaN where missing, before standardization, with the cube's ``x``, ``y`` and CRS
+    (``spatial_ref``), and ``usable`` (y, x): false on cloudy, missing or bad pixels.
+
+    Raises
+    ------
+    KeyError
+        if the cube lacks a layer that a channel needs.
+    """
+    stack, valid = channel_stack(cube, channels)
+    coords = {name: cube.coords[name] for name in ("y", "x", "spatial_ref") if name in cube.coords}
+    out = xr.DataArray(stack, dims=("channel", "y", "x"), coords=coords, name="channels")
+    return out.assign_coords(channel=list(channels), usable=(("y", "x"), valid))
+
+
 def _channel(cube: xr.Dataset, bands: dict[str, np.ndarray], name: str) -> np.ndarray:
     if name in bands:
         return bands[name]
@@ -61,8 +88,9 @@ def _channel(cube: xr.Dataset, bands: dict[str, np.ndarray], name: str) -> np.nd
         return np.sin(radians) if name == "sin_aspect" else np.cos(radians)
     if name == "slope":
         return _layer(cube, "slope", name) / np.float32(90.0)
-    if name == "dhdt":
-        return np.nan_to_num(_layer(cube, "dhdt", name), nan=0.0) if "dhdt" in cube else np.zeros(cube["mask"].shape)
+    if name in _ZERO:
+        layer = _ZERO[name]
+        return np.nan_to_num(_layer(cube, layer, name), nan=0.0) if layer in cube else np.zeros(cube["mask"].shape)
     return _layer(cube, name, name)
 
 

@@ -73,7 +73,7 @@ def _shapes(source: DebrisSource, data_root: Path, glaciers: gpd.GeoDataFrame) -
         if source.raster_value is not None:
             frame = _from_raster(path, source.raster_value, glaciers)
         else:
-            frame = gpd.read_file(path, **({"layer": source.layer} if source.layer else {}))
+            frame = _from_vector(path, source.layer, glaciers)
     except (OSError, ValueError, RuntimeError) as error:
         raise SettingsError(f"debris source {path} can not be read: {error}") from error
     if frame.crs is None:
@@ -81,6 +81,19 @@ def _shapes(source: DebrisSource, data_root: Path, glaciers: gpd.GeoDataFrame) -
     shapes = frame.geometry.to_crs("EPSG:4326")
     shapes = shapes[~(shapes.isna() | shapes.is_empty)]
     return list(shapely.make_valid(shapely.force_2d(shapes.to_numpy())))
+
+
+def _from_vector(path: Path, layer: str | None, glaciers: gpd.GeoDataFrame) -> gpd.GeoDataFrame:
+    """Shapes of a file, read only in the box of the glaciers: global data sets hold millions."""
+    import pyogrio
+
+    options = {"layer": layer} if layer else {}
+    crs = pyogrio.read_info(path, **options)["crs"]
+    if crs is None or not len(glaciers):
+        return gpd.read_file(path, rows=slice(0, 0), **options)
+    west, south, east, north = glaciers.to_crs(crs).total_bounds
+    rim = 1e-3 * max(east - west, north - south)
+    return gpd.read_file(path, bbox=(west - rim, south - rim, east + rim, north + rim), **options)
 
 
 def _from_raster(path: Path, value: int, glaciers: gpd.GeoDataFrame) -> gpd.GeoDataFrame:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from dl4gam_assets.settings import fingerprint
 from dl4gam_assets.stages import previews
 from dl4gam_assets.stages.base import (
+    STAGE_VERSION,
     Site,
     StageResult,
     UpstreamError,
@@ -27,53 +27,56 @@ def cube_of(site: Site, year: int, glacier_id: str, wanted: str, stamp: str) -> 
     """Build one glacier's cube unless the file made from the same inputs is there; runs in a worker process."""
     import rasterio
 
-    from dl4gam_assets.cubes import build_cube, cube_mask, open_cube, write_cube
+    from dl4gam_assets.cubes import build_cube, content_fingerprint, cube_mask, open_cube, write_cube
     from dl4gam_assets.imagery import items_from_row, read_image
 
     storage = site.storage
     path = storage.cube(year, glacier_id)
     scenes = cached_table(site, "scenes", year=year)
     row = scenes[(scenes["glacier_id"] == glacier_id) & scenes["selected"].astype(bool)].iloc[0]
-    cube = None
+    changes = cached_table(site, "elevation_changes", year=year)
+    change = changes[changes["glacier_id"] == glacier_id]
+    elevations = cached_table(site, "elevations")
+    ground = elevations[elevations["glacier_id"] == glacier_id].iloc[0]
+    mine = None
     if path.exists():
         with storage.reading(path) as local, open_cube(local) as found:
-            if found.attrs.get("fingerprint") == wanted:
-                cube = found.load()
-    if cube is None:
-        with storage.reading(static_path(site, glacier_id)) as local, open_cube(local) as opened:
-            static = opened.load()
-        image = read_image(items_from_row(row, catalog_of(site, stamp)), site.region.imagery, static.odc.geobox)
-        dhdt = None
-        changes = cached_table(site, "elevation_changes", year=year)
-        change = changes[changes["glacier_id"] == glacier_id]
-        if len(change) and pd.notna(change["period_start"].iloc[0]):
-            start, end = int(change["period_start"].iloc[0]), int(change["period_end"].iloc[0])
-            period = next(p for p in site.region.terrain.elevation_change if (p.start, p.end) == (start, end))
-            with (
-                storage.reading(dhdt_path(site, period, glacier_id)) as local,
-                rasterio.open(local) as source,
-            ):
-                dhdt = source.read(1)
-        tag = "simulated" if site.region.simulation is not None else getattr(site.region.imagery.catalog, "tag", "")
-        cube = build_cube(
-            static,
-            image,
-            dhdt=dhdt,
-            attrs={
-                "glacier_id": glacier_id,
-                "year": year,
-                "image_date": row["date"].isoformat(),
-                "scene_ids": row["scene_ids"],
-                "sensor": site.region.imagery.sensor.name,
-                "region": site.region.name,
-                "tag": tag,
-                "fingerprint": wanted,
-            },
-        )
-        with storage.writing(path) as temporary:
-            write_cube(cube, temporary)
-    near = cube_mask(cube, "zone_20")
-    bad = cube_mask(cube, "not_ok")
+            if found.attrs.get("inputs") == wanted:
+                mine = found[["mask"]].load()
+    if mine is None:
+        with storage.reading(static_path(site, glacier_id)) as base, open_cube(base) as static:
+            static["mask"].load()
+            image = read_image(items_from_row(row, catalog_of(site, stamp)), site.region.imagery, static.odc.geobox)
+            dhdt = error = None
+            if len(change) and pd.notna(change["period_start"].iloc[0]):
+                start, end = int(change["period_start"].iloc[0]), int(change["period_end"].iloc[0])
+                period = next(p for p in site.region.terrain.elevation_change if (p.start, p.end) == (start, end))
+                with storage.reading(dhdt_path(site, period, glacier_id)) as local, rasterio.open(local) as source:
+                    dhdt = source.read(1)
+                    error = source.read(2) if source.count > 1 else None
+            tag = "simulated" if site.region.simulation is not None else getattr(site.region.imagery.catalog, "tag", "")
+            cube = build_cube(
+                static,
+                image,
+                dhdt=dhdt,
+                dhdt_error=error,
+                attrs={
+                    "glacier_id": glacier_id,
+                    "year": year,
+                    "image_date": row["date"].isoformat(),
+                    "scene_ids": row["scene_ids"],
+                    "sensor": site.region.imagery.sensor.name,
+                    "region": site.region.name,
+                    "tag": tag,
+                    "inputs": wanted,
+                },
+            )
+            cube.attrs["fingerprint"] = content_fingerprint(cube, static.attrs["fingerprint"])
+            with storage.writing(path) as temporary:
+                write_cube(cube, temporary, base)
+            mine = cube[["mask"]]
+    near = cube_mask(mine, "zone_20")
+    bad = cube_mask(mine, "not_ok")
     if near.any() and bad[near].all():
         raise UpstreamError(f"the image of {row['date']:%Y-%m-%d} has no usable pixel on glacier {glacier_id}")
     height, width = bad.shape
@@ -81,13 +84,14 @@ def cube_of(site: Site, year: int, glacier_id: str, wanted: str, stamp: str) -> 
         "glacier_id": glacier_id,
         "image_date": row["date"],
         "scene_ids": row["scene_ids"],
-        "fingerprint": wanted,
+        "fingerprint": mine.attrs["fingerprint"],
         "height_px": height,
         "width_px": width,
-        "utm_epsg": int(cube.odc.geobox.crs.epsg),
+        "utm_epsg": int(mine.odc.geobox.crs.epsg),
         "not_ok_share": float(bad[near].mean()) if near.any() else 1.0,
-        "dem_missing_share": float(np.isnan(cube["dem"].to_numpy()).mean()) if "dem" in cube else 1.0,
-        "dhdt_missing_share": float(np.isnan(cube["dhdt"].to_numpy()).mean()) if "dhdt" in cube else 1.0,
+        "dem_missing_share": float(ground["missing_share"]),
+        "dhdt_missing_share": float(change["missing_share"].iloc[0]) if len(change) else 1.0,
+        "velocity_missing_share": ground["velocity_missing_share"],
         "size_bytes": int(path.stat().st_size),
     }
 
@@ -131,6 +135,7 @@ def glacier_cubes(ws: Workspace, year: int, *, force: bool = False) -> StageResu
                 continue  # its static layers failed, which is a row in failures already
             wanted = fingerprint(
                 {
+                    "version": STAGE_VERSION,
                     "scenes": [row.scene_ids, row.checksums],
                     "static": static[row.glacier_id],
                     "dhdt": [

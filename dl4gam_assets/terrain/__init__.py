@@ -1,6 +1,7 @@
 """Elevation and elevation change on a glacier's grid.
 
-Belongs here: reading DEM and dh/dt mosaics, terrain derivatives, matching dh/dt periods to years.
+Belongs here: finding and mosaicking tiles of elevation, dh/dt and velocity, terrain derivatives, matching dh/dt periods
+to years.
 Does not belong here: Dagster, imagery, the file format of cubes.
 
 Names are loaded on first use, so that importing the room costs nothing.
@@ -12,9 +13,20 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
+    "read_mosaic": "reading",
     "read_elevation": "reading",
+    "read_velocity": "reading",
     "read_elevation_change": "reading",
     "match_period": "reading",
+    "period_tiles": "reading",
+    "Tile": "tiles",
+    "TileIndex": "tiles",
+    "TileError": "tiles",
+    "find_tiles": "tiles",
+    "catalog_tiles": "tiles",
+    "search_blocks": "tiles",
+    "grid_box": "tiles",
+    "boxes": "tiles",
     "terrain_derivatives": "derivatives",
     "DERIVATIVES": "derivatives",
 }

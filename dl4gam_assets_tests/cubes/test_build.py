@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 import geopandas as gpd
 import numpy as np
 import pytest
+import rasterio
 import shapely
 import xarray as xr
 
 from dl4gam_assets.cubes import build_cube, cube_mask, pack_masks, static_layers, zone_name
 from dl4gam_assets.inventory import glacier_grid, glacier_zones, read_debris, read_inventory
 from dl4gam_assets.settings import DebrisSource, InventoryColumns, InventorySettings
+from dl4gam_assets.terrain import find_tiles
 
 if TYPE_CHECKING:
     from .conftest import Place
@@ -160,3 +162,38 @@ def test_real_glaciers_in_a_crowd(real_data: Path) -> None:
     assert len(np.unique(static["glacier_index"])) > 3
     ring = cube_mask(static, "zone_50") & ~cube_mask(static, "glacier")
     assert not (ring & cube_mask(static, "any_glacier")).any() and ring.any()
+
+
+def test_a_glacier_across_the_antimeridian(tmp_path: Path) -> None:
+    """Its outline is in two parts at both ends of the longitudes, its DEM in two tiles."""
+    south, north = -18.010, -18.004
+    halves = shapely.MultiPolygon([shapely.box(179.995, south, 180, north), shapely.box(-180, south, -179.995, north)])
+    gpd.GeoDataFrame(
+        {"glacier_id": ["across", "elsewhere"]}, geometry=[halves, shapely.box(0.0, south, 0.01, north)], crs=4326
+    ).to_file(tmp_path / "inventory.gpkg")
+    inventory = InventorySettings(path="unused")
+    glaciers, _ = read_inventory(tmp_path / "inventory.gpkg", inventory)
+    own = glaciers.set_index("glacier_id").loc["across"]
+    grid = glacier_grid(own["geometry"], int(own["utm_epsg"]), 10.0, 300.0)
+    assert grid.shape[1] < 300  # about 1.06 km and the margins, not the circumference of the Earth
+    second = 1 / 3600
+    for lon, columns in ((179.0, np.arange(3500, 3600)), (-180.0, np.arange(0, 100))):
+        x, y = lon + columns * second, -18 - np.arange(0, 100) * second
+        tile = np.add.outer(-2e4 * (y + 18), 5000 * ((x + 360) % 360 - 180)).astype(np.float32) + 1000
+        name = tmp_path / f"S19{'E' if lon > 0 else 'W'}{abs(int(lon)):03d}.tif"
+        with rasterio.open(
+            name, "w", driver="GTiff", width=100, height=100, count=1, dtype="float32", crs="EPSG:4326",
+            transform=rasterio.Affine(second, 0, x[0] - second / 2, 0, -second, y[0] + second / 2),
+        ) as target:  # fmt: skip
+            target.write(tile, 1)
+    tiles = find_tiles(["{lat}{lon}.tif"], tmp_path, setting="terrain.dem").touching(grid)
+    assert len(tiles) == 2
+    zones = glacier_zones(glaciers, inventory.buffers_m)
+    static = static_layers("across", glaciers, zones, zones.iloc[:0], grid, dem_paths=tiles)
+    area = cube_mask(static, "glacier").sum() * 1e-4
+    assert area == pytest.approx(own["inventory_area_km2"], rel=0.01) and 0.6 < area < 0.8
+    dem = static["dem"].to_numpy()
+    assert np.isfinite(dem).all()
+    along = np.diff(dem[dem.shape[0] // 2])
+    assert along.std() < 0.02 * abs(along.mean())  # one slope, no step at the antimeridian
+    assert float(static["slope"].max()) < 15

@@ -12,7 +12,7 @@ import xarray as xr
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dl4gam_assets.cubes import channel_stack, cube_mask, open_cube, write_cube
+from dl4gam_assets.cubes import build_cube, channel_stack, content_fingerprint, cube_mask, open_cube, write_cube
 from dl4gam_assets.settings import PUBLISHED_CHANNELS
 
 from .conftest import BANDS
@@ -101,6 +101,55 @@ def test_static_layers_survive_a_file_and_become_the_same_cube(place: Place, tmp
         assert (cube_mask(cube, "glacier") == cube_mask(place.static(), "glacier")).all()
 
 
+def test_a_file_made_from_the_static_one_is_the_same(place: Place, tmp_path: Path) -> None:
+    static = place.static(velocity_paths=[])
+    static.attrs["fingerprint"] = content_fingerprint(static)
+    write_cube(static, tmp_path / "static.nc")
+    noise = np.random.default_rng(0).normal(0, 30, place.grid.shape).astype(np.float32)
+    noise[3] = np.nan
+    about = {"year": 2016, "image_date": "2016-08-20", "scene_ids": "S2A", "tag": None}
+    whole = build_cube(static, place.image(), dhdt=noise, dhdt_error=noise / 7, attrs=about)
+    write_cube(whole, tmp_path / "whole.nc")
+    with open_cube(tmp_path / "static.nc") as opened:
+        cube = build_cube(opened, place.image(), dhdt=noise, dhdt_error=noise / 7, attrs=about)
+        assert content_fingerprint(cube, "x") == content_fingerprint(whole, "x") != content_fingerprint(cube, "y")
+        write_cube(cube, tmp_path / "added.nc", tmp_path / "static.nc")
+    with open_cube(tmp_path / "whole.nc") as one, open_cube(tmp_path / "added.nc") as two:
+        assert set(one.variables) == set(two.variables)
+        for name in one.variables:
+            assert one[name].dims == two[name].dims, name
+            assert np.array_equal(one[name], two[name], equal_nan=one[name].dtype.kind == "f"), name
+            assert str(one[name].attrs) == str(two[name].attrs), name
+            assert one[name].encoding.get("grid_mapping") == two[name].encoding.get("grid_mapping"), name
+        assert one.odc.geobox == two.odc.geobox == place.grid
+        assert {k: str(v) for k, v in one.attrs.items()} == {k: str(v) for k, v in two.attrs.items()}
+    with rasterio.open(f"netcdf:{tmp_path / 'added.nc'}:reflectance") as source:
+        assert source.crs.to_epsg() == 32632 and source.transform == place.grid.affine and source.count == len(BANDS)
+
+
+def test_pixels_lie_where_the_utm_grid_says(written: tuple[xr.Dataset, Path], place: Place) -> None:
+    """Plain xarray, rioxarray, odc-geo and GDAL agree with the corner that the grid was made from, to the pixel."""
+    import rioxarray  # noqa: F401
+
+    _, path = written
+    # Glacier A begins 3 m east and ends 4 m north of X0, Y0 + 500; 200 m margin, snapped outwards to 10 m.
+    west, north = 600_000.0 - 200, 5_150_000.0 + 510 + 200
+    with xr.open_dataset(path, decode_coords="all") as plain:
+        assert float(plain["x"][0]) == west + 5 and float(plain["y"][0]) == north - 5
+        assert np.unique(np.diff(plain["x"])).tolist() == [10.0] and np.unique(np.diff(plain["y"])).tolist() == [-10.0]
+        assert "spatial_ref" in plain.coords and plain.rio.crs.to_epsg() == 32632
+        assert plain["dem"].rio.transform() == rasterio.Affine(10, 0, west, 0, -10, north)
+        assert plain["reflectance"].rio.crs.to_epsg() == 32632
+        assert {str(plain[n].attrs.get("units")) for n in ("dem", "slope", "dhdt", "reflectance")} == {
+            "m", "degree", "m year-1", "1",
+        }  # fmt: skip
+        there = plain["dem"].sel(x=600_103, y=5_150_103, method="nearest")
+        assert float(there) == plain["dem"].to_numpy()[int((north - 5_150_103) // 10), int((600_103 - west) // 10)]
+    with rasterio.open(f'NETCDF:"{path}":dem') as source:
+        assert source.crs.to_epsg() == 32632 and source.xy(0, 0) == (west + 5, north - 5)
+        assert source.index(600_105, 5_150_105) == (int((north - 5_150_105) // 10), int((600_105 - west) // 10))
+
+
 def test_values_beyond_the_integers_stop_at_the_end_of_the_range(place: Place, tmp_path: Path) -> None:
     cube = place.cube()
     cube["reflectance"].to_numpy()[0, 20, 20] = 9.0
@@ -171,7 +220,7 @@ def test_indices_stay_in_range_and_are_one_on_black(green: float, swir: float) -
 def test_lacking_layers_are_named(place: Place) -> None:
     from dl4gam_assets.cubes import build_cube
 
-    bare = build_cube(place.static(dem_paths=[]), place.image().sel(band=["red", "green", "blue"]))
+    bare = build_cube(place.static(dem_paths=None), place.image().sel(band=["red", "green", "blue"]))
     with pytest.raises(KeyError, match="ndsi needs the band swir16"):
         channel_stack(bare, ["ndsi"])
     with pytest.raises(KeyError, match=r"slope needs the layer slope.*red, green, blue"):

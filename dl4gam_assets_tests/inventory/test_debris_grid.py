@@ -8,6 +8,7 @@ import geopandas as gpd
 import numpy as np
 import pytest
 import rasterio
+import rasterio.features
 import shapely
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -53,6 +54,39 @@ def test_sources_are_merged_and_cut_at_the_outline(tmp_path: Path, glaciers: gpd
     assert only["debris_km2"].tolist() == pytest.approx([0.1], rel=1e-3)
 
 
+def test_sources_in_other_systems_overlap_and_count_once(tmp_path: Path, glaciers: gpd.GeoDataFrame) -> None:
+    """A shapefile in LAEA Europe, a self-crossing outline in degrees, a raster in the next UTM zone: one union."""
+    west = shapely.segmentize(shapely.box(X0 - 100, Y0 - 100, X0 + 300, Y0 + 1100), 50.0)
+    bow = shapely.Polygon([(X0 + 200, Y0), (X0 + 400, Y0 + 1000), (X0 + 400, Y0), (X0 + 200, Y0 + 1000)])
+    far = shapely.box(X0 + 200_000, Y0, X0 + 201_000, Y0 + 1000)
+    gpd.GeoDataFrame(geometry=[west, far], crs=UTM).to_crs(3035).to_file(tmp_path / "laea.shp")
+    gpd.GeoDataFrame(geometry=[bow], crs=UTM).to_crs(4326).to_file(tmp_path / "degrees.geojson")
+    block = gpd.GeoSeries([shapely.box(X0 + 250, Y0 + 200, X0 + 650, Y0 + 600)], crs=UTM).to_crs(32633)
+    left, bottom, right, top = (round(v, -1) for v in block.buffer(200).total_bounds)
+    transform = rasterio.Affine(10, 0, left, 0, -10, top)
+    shape = (int((top - bottom) / 10), int((right - left) / 10))
+    burnt = rasterio.features.rasterize(block, out_shape=shape, transform=transform, default_value=7, dtype="uint8")
+    with rasterio.open(
+        tmp_path / "types.tif", "w", driver="GTiff", height=shape[0], width=shape[1], count=1, dtype="uint8",
+        crs="EPSG:32633", transform=transform,
+    ) as target:  # fmt: skip
+        target.write(burnt, 1)
+    sources = [
+        DebrisSource(path="laea.shp"),
+        DebrisSource(path="degrees.geojson"),
+        DebrisSource(path="types.tif", raster_value=7),
+    ]
+    truth = shapely.union_all([west, shapely.make_valid(bow), shapely.box(X0 + 250, Y0 + 200, X0 + 650, Y0 + 600)])
+    truth = truth.intersection(shapely.box(X0, Y0, X0 + 1000, Y0 + 1000))
+    debris = read_debris(sources, tmp_path, glaciers)
+    assert debris["glacier_id"].tolist() == ["a"]
+    assert debris["debris_km2"].iloc[0] == pytest.approx(truth.area / 1e6, rel=5e-3)  # the raster's staircase
+    wrong = debris.to_crs(UTM).geometry.iloc[0].symmetric_difference(truth).area
+    assert wrong < 0.02 * truth.area
+    alone = [read_debris([source], tmp_path, glaciers)["debris_km2"].iloc[0] for source in sources]
+    assert sum(alone) > 1.2 * debris["debris_km2"].iloc[0]  # they do overlap
+
+
 def test_no_source_or_none_nearby_gives_an_empty_table(tmp_path: Path, glaciers: gpd.GeoDataFrame) -> None:
     assert len(read_debris([], tmp_path, glaciers)) == 0
     with rasterio.open(
@@ -66,6 +100,9 @@ def test_no_source_or_none_nearby_gives_an_empty_table(tmp_path: Path, glaciers:
 def test_absent_and_unplaced_sources_are_named(tmp_path: Path, glaciers: gpd.GeoDataFrame) -> None:
     with pytest.raises(SettingsError, match=r"absent\.shp does not exist"):
         read_debris([DebrisSource(path="absent.shp")], tmp_path, glaciers)
+    gpd.GeoDataFrame(geometry=[shapely.box(0, 0, 1, 1)]).to_file(tmp_path / "nowhere.gpkg")
+    with pytest.raises(SettingsError, match=r"nowhere\.gpkg has no coordinate reference system"):
+        read_debris([DebrisSource(path="nowhere.gpkg")], tmp_path, glaciers)
     (tmp_path / "broken.gpkg").write_bytes(b"no database")
     with pytest.raises(SettingsError, match=r"broken\.gpkg can not be read"):
         read_debris([DebrisSource(path="broken.gpkg")], tmp_path, glaciers)

@@ -27,9 +27,7 @@ def split(bodies, divides, points, **kw):
             geometry=[line for line, _, _ in divides],
             crs=CRS,
         ),
-        gpd.GeoDataFrame(
-            {"sgi-id": list(points), "name": list(points)}, geometry=list(points.values()), crs=CRS
-        ),
+        gpd.GeoDataFrame({"sgi-id": list(points), "name": list(points)}, geometry=list(points.values()), crs=CRS),
         **kw,
     )
 
@@ -89,9 +87,7 @@ def test_detached_ice_goes_to_its_former_glacier_then_to_the_nearest_and_none_is
 
 
 def test_point_beside_the_ice_still_names_it() -> None:
-    found = split(
-        [box(0, 0, 500, 500), box(520, 0, 900, 500)], [], {"A": Point(250, 250), "B": Point(512, 250)}
-    )
+    found = split([box(0, 0, 500, 500), box(520, 0, 900, 500)], [], {"A": Point(250, 250), "B": Point(512, 250)})
     assert areas(found) == {"A": 25.0, "B": 19.0}
 
 
@@ -139,12 +135,8 @@ def test_real_inventory_agrees_with_the_official_areas(real_data, swiss) -> None
     assert unnamed < 0.1
     assert glaciers["area_km2"].sum() == pytest.approx(official["area_km2"].sum(), rel=1e-3)
 
-    overlap = shapely.STRtree(glaciers.geometry.to_numpy()).query(
-        glaciers.geometry.to_numpy(), predicate="overlaps"
-    )
-    shared = shapely.intersection(
-        glaciers.geometry.to_numpy()[overlap[0]], glaciers.geometry.to_numpy()[overlap[1]]
-    )
+    overlap = shapely.STRtree(glaciers.geometry.to_numpy()).query(glaciers.geometry.to_numpy(), predicate="overlaps")
+    shared = shapely.intersection(glaciers.geometry.to_numpy()[overlap[0]], glaciers.geometry.to_numpy()[overlap[1]])
     assert shapely.area(shared).sum() < 1.0  # square metres
 
     figures = sgi.compare_with_official(glaciers)
