@@ -39,6 +39,7 @@ TABLE_OF = {
     "glacier_outlines": "outlines",
     "area_change": "changes",
     "regional_change": "regional_changes",
+    "area_trends": "trends",
 }
 
 #: Assets that work glacier by glacier and write rows to `failures`.

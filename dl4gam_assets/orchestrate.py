@@ -41,7 +41,7 @@ FAMILIES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("year_fold", ("glacier_areas",)),
     ("none", ("baseline_areas",)),
     ("year", ("glacier_outlines", "area_change", "regional_change")),
-    ("none", ("results_database",)),
+    ("none", ("area_trends", "results_database")),
     ("year", ("report", "stac_catalog")),
 )
 

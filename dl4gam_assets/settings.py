@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 #: The 16 channels of the published models, in their order (METHOD section 3).
 PUBLISHED_CHANNELS: tuple[str, ...] = (
@@ -221,7 +221,9 @@ class SelectionSettings(_Strict):
         "keep such pixels. Null: shadow is not looked for.",
     )
     shadow_ratio_max: float = Field(0.6, gt=0, description="See shadow_nir_max.")
-    overrides: str | None = Field(None, description="CSV below data_root (or package:NAME): glacier_id, year, date (or 'reject').")
+    overrides: str | None = Field(
+        None, description="CSV below data_root (or package:NAME): glacier_id, year, date (or 'reject')."
+    )
 
 
 class ImagerySettings(_Strict):
@@ -345,17 +347,60 @@ class TrainingSettings(_Strict):
 class InferenceSettings(_Strict):
     mode: Literal["windows", "stride"] = Field(
         "windows",
-        description="'windows': large blended windows. 'stride': the published averaging at stride_px.",
+        description="'windows': the whole glacier or large blended windows. 'stride': the published averaging, patches "
+        "around centres every stride_px of the 50 m zone, the extremes and the centroid.",
     )
-    window_px: int = Field(512, ge=64, multiple_of=32)
-    overlap_px: int = Field(64, ge=0)
+    window_px: int = Field(512, ge=64, multiple_of=32, description="mode 'windows': largest side of a window.")
+    overlap_px: int = Field(
+        64, ge=0, validate_default=True, description="mode 'windows': what neighbours share at least."
+    )
     patch_px: int = Field(256, ge=32, multiple_of=32, description="mode 'stride': side of a patch.")
     stride_px: int = Field(32, ge=1, description="mode 'stride' only.")
-    margin_share: float = Field(0.05, ge=0, lt=0.5, description="mode 'stride': share of a patch dropped on each side.")
-    precision: Literal["fp32", "bf16", "auto"] = "auto"
+    margin_share: float = Field(
+        0.05, ge=0, lt=0.5, validate_default=True, description="mode 'stride': share of a patch dropped on each side."
+    )
+    precision: Literal["fp32", "bf16", "auto"] = Field(
+        "auto", description="'auto': bf16 where the hardware is fast with it; fp32 in mode 'stride', as published."
+    )
+    keep_members: bool = Field(
+        False, description="Keep each member's probabilities as further bands of the maps. Memory then grows with them."
+    )
     fill: Literal["nearest", "elevation"] = "nearest"
     fill_neighbours: int = Field(30, ge=1)
     threshold: float = Field(0.5, gt=0, lt=1)
+
+    @field_validator("overlap_px")
+    @classmethod
+    def _windows_move_on(cls, overlap: int, info: ValidationInfo) -> int:
+        window = info.data.get("window_px")
+        if window is not None and overlap > window - 32:
+            raise ValueError(
+                f"must be at least 32 below window_px ({window}): windows lie at multiples of 32 pixels, "
+                "as the encoder's grid does"
+            )
+        return overlap
+
+    @field_validator("margin_share")
+    @classmethod
+    def _patches_meet(cls, margin: float, info: ValidationInfo) -> float:
+        patch, stride = info.data.get("patch_px"), info.data.get("stride_px")
+        if patch is not None and stride is not None and stride > patch - 2 * int(patch * margin):
+            raise ValueError(
+                f"patches of patch_px ({patch}) less the margins do not meet every stride_px ({stride}): "
+                "lower stride_px or margin_share"
+            )
+        return margin
+
+
+class BaselineSettings(_Strict):
+    """The classical methods that every evaluation shows beside the ensemble."""
+
+    random_forest: bool = Field(True, description="A Random Forest on the model's channels, one a fold.")
+    trees: int = Field(32, ge=1)
+    pixels: int = Field(
+        20000, ge=100, description="Training pixels of a fold's forest, the same number from each glacier."
+    )
+    min_leaf_px: int = Field(5, ge=1, description="Pixels in a leaf at least.")
 
 
 class CalibrationSettings(_Strict):
@@ -487,6 +532,7 @@ class Region(_Strict):
     model: ModelSettings = ModelSettings()
     training: TrainingSettings = TrainingSettings()
     inference: InferenceSettings = InferenceSettings()
+    baseline: BaselineSettings = BaselineSettings()
     calibration: CalibrationSettings = CalibrationSettings()
     change: ChangeSettings = ChangeSettings()
     evaluation: EvaluationSettings = EvaluationSettings()

@@ -220,6 +220,7 @@ _TABLES = [
         _c("elevation_mean_m", "float64", "Mean elevation inside the outline"),
         _c("elevation_max_m", "float64", "Highest elevation inside the outline"),
         _c("slope_mean_deg", "float64", "Mean slope inside the outline"),
+        _c("aspect_mean_deg", "float64", "Mean direction that the glacier faces, clockwise from north (mean of unit vectors)", minimum=0, maximum=360),
         _c("missing_share", "float64", "Share of the grid without elevation", nullable=False, minimum=0, maximum=1),
         _c("velocity_mean_m_per_year", "float64", "Mean surface speed inside the outline, where velocity is configured", minimum=0),
         _c("velocity_missing_share", "float64", "Share of the grid without velocity", minimum=0, maximum=1),

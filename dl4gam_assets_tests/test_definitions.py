@@ -20,7 +20,7 @@ GROUPS = {
     "training": {"normalization", "ensemble_member", "ensemble", "calibration", "band_ratio_baseline"},
     "predictions": {"glacier_predictions", "evaluation"},
     "areas": {"interval_taus", "glacier_areas", "glacier_outlines", "baseline_areas"},
-    "change": {"area_change", "regional_change"},
+    "change": {"area_change", "regional_change", "area_trends"},
     "publication": {"results_database", "report", "stac_catalog"},
 }
 
@@ -65,6 +65,7 @@ def test_the_command_line_reaches_every_asset_once_and_after_its_upstream() -> N
         ("baseline_areas", None, "glacier_areas", {f"fold_{f}|2015" for f in range(1, 6)}),
         ("area_change", "2020", "glacier_areas", {f"fold_{f}|2020" for f in range(1, 6)}),
         ("regional_change", "2020", "area_change", {"2020"}),
+        ("area_trends", None, "glacier_areas", {f"fold_{f}|{y}" for f in range(1, 6) for y in range(2015, 2025)}),
         ("report", "2020", "evaluation", {f"fold_{f}" for f in range(1, 6)}),
     ],
 )

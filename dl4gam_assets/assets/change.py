@@ -23,14 +23,24 @@ def build(p: Partitions) -> list[dg.AssetsDefinition]:
 
     @dg.asset(
         group_name=GROUP, owners=OWNERS, kinds={"parquet", "statsmodels"}, partitions_def=p.years,
-        backfill_policy=policy, deps=[dg.AssetDep(area_change, partition_mapping=p.same), "inventory_outlines"],
+        backfill_policy=policy, deps=[dg.AssetDep(area_change, partition_mapping=p.same), "inventory_outlines", "elevation"],
     )  # fmt: skip
     def regional_change(context: dg.AssetExecutionContext, workspace: WorkspaceResource) -> None:
-        """Totals by region, country and size class: measured, filtered, and extrapolated to all glaciers."""
+        """Totals by region, country, size class and aspect: measured, filtered, and extrapolated to all glaciers."""
         each_partition(
             context,
             workspace.open(context),
             lambda ws, key: stages.regional_change(ws, year_of(key)),
         )
 
-    return [area_change, regional_change]
+    allow_missing = {"allow_missing_partitions": True}
+
+    @dg.asset(
+        group_name=GROUP, owners=OWNERS, kinds={"parquet", "pandas"}, metadata=allow_missing,
+        deps=[dg.AssetDep("glacier_areas", partition_mapping=p.every, metadata=allow_missing)],
+    )  # fmt: skip
+    def area_trends(context: dg.AssetExecutionContext, workspace: WorkspaceResource) -> None:
+        """Trend of each glacier over all its images (Theil-Sen and weighted least squares), robust to a bad one."""
+        each_partition(context, workspace.open(context), lambda ws, _: stages.area_trends(ws))
+
+    return [area_change, regional_change, area_trends]

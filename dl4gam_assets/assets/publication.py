@@ -18,6 +18,7 @@ def build(p: Partitions) -> list[dg.AssetsDefinition]:
         group_name=GROUP, owners=OWNERS, kinds={"duckdb"}, metadata=allow_missing,
         deps=[
             dg.AssetDep("regional_change", partition_mapping=p.every, metadata=allow_missing),
+            "area_trends",
             dg.AssetDep("glacier_outlines", partition_mapping=p.every, metadata=allow_missing),
             dg.AssetDep("evaluation", partition_mapping=p.every, metadata=allow_missing),
         ],

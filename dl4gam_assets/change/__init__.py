@@ -2,8 +2,9 @@
 
 Belongs here: everything between a glacier's probability map and the numbers that are reported: its area with bounds
 (:mod:`.areas`), outlines (:mod:`.outlines`), held-out quality (:mod:`.evaluation`), change of each glacier
-(:mod:`.rates`) and its trend over all years (:mod:`.trends`), totals with shared errors (:mod:`.correlation`) and extrapolation to glaciers that were not measured (:mod:`.regional`), and the comparison of
-simulated regions with their truth (:mod:`.truth`).
+(:mod:`.rates`) and its trend over all years (:mod:`.trends`), totals and extrapolation to glaciers that were not
+measured (:mod:`.regional`) with errors that they share (:mod:`.correlation`), and the comparison of simulated regions
+with their truth (:mod:`.truth`).
 Does not belong here: Dagster, file access, how a map was predicted or calibrated.
 
 Names are loaded on first use, so that importing the room costs nothing.

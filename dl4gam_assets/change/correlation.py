@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.spatial.distance import cdist
 
 EARTH_RADIUS_KM = 6371.0
 #: Up to this many glaciers every pair is taken by itself; beyond it, glaciers of one cell stand in one place.
@@ -79,7 +80,7 @@ def _decaying(std: np.ndarray, lon: np.ndarray, lat: np.ndarray, length_km: floa
         unit, std = centre / np.linalg.norm(centre, axis=1, keepdims=True), total
     out = 0.0
     for first in range(0, len(std), 2000):
-        chord = np.clip(unit[first : first + 2000] @ unit.T, -1.0, 1.0)
-        # The angle from the cosine loses digits at small distances (1 m of 6371 km): far below any correlation length.
-        out += float(std[first : first + 2000] @ (np.exp(-EARTH_RADIUS_KM / length_km * np.arccos(chord)) @ std))
+        some = slice(first, first + 2000)
+        distance = 2 * EARTH_RADIUS_KM * np.arcsin(np.minimum(cdist(unit[some], unit) / 2, 1.0))
+        out += float(std[some] @ (np.exp(-distance / length_km) @ std))
     return out

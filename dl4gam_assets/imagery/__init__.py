@@ -24,6 +24,7 @@ _HOMES = {
     "search_periods": "candidates",
     "candidates_of_glacier": "candidates",
     "items_from_row": "candidates",
+    "policy_of": "candidates",
     "rank_candidates": "ranking",
     "select_scenes": "ranking",
     "read_overrides": "ranking",

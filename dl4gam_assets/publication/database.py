@@ -68,6 +68,20 @@ VIEWS: dict[str, tuple[str, str]] = {
         ORDER BY change_km2, c.glacier_id
         """,
     ),
+    "robust_trends": (
+        "Trend of every glacier over all its images, beside the change since the baseline. Where both "
+        "disagree, odd_year names the image to look at.",
+        """
+        SELECT t.glacier_id, g.name, g.country, t.n_years, t.first_date, t.last_date, t.first_area_km2,
+               t.theil_sen_pct_per_year, t.theil_sen_km2_per_year, t.theil_sen_lower_km2_per_year,
+               t.theil_sen_upper_km2_per_year, t.wls_km2_per_year, t.wls_std_km2_per_year,
+               c.rate_km2_per_year AS two_year_km2_per_year, t.odd_year, t.odd_residual
+        FROM trends t
+        LEFT JOIN glaciers g USING (glacier_id)
+        LEFT JOIN changes c ON c.glacier_id = t.glacier_id AND c.year = (SELECT max(year) FROM changes)
+        ORDER BY t.glacier_id
+        """,
+    ),
     "changes_by_country": (
         "Totals by country, year and method.",
         """

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 import os
+from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
@@ -40,6 +41,9 @@ _SCOPE_NAMES = {
 _FLAGS = {
     "snr": "the change is smaller than its own uncertainty",
     "recall": "too little of the inventory outline was found again in the inventory year",
+    "cloud": "too little of the glacier was seen in one of the images",
+    "filled": "too much of the map was filled from neighbouring pixels in one of the years",
+    "growth": "the glacier grew by more than its uncertainty allows",
 }
 
 
@@ -121,7 +125,7 @@ def collect(storage: Storage, region: Region, year: int) -> dict[str, Any]:
         "coverage": _coverage(storage, region),
         "calibration": storage.read_table("calibration").drop_duplicates("fold").sort_values("fold").to_dict("records"),
         **_failures(storage, year),
-        "exclusions": _exclusions(changes),
+        "exclusions": _exclusions(changes, region.change.filter),
         "paper": PAPER,
         "sources": _sources(region, areas),
         "fingerprint": region.fingerprint(),
@@ -293,8 +297,8 @@ def _failures(storage: Storage, year: int) -> dict[str, Any]:
     }
 
 
-def _exclusions(changes: pd.DataFrame) -> list[dict[str, Any]]:
-    """Measured glaciers that the quality filter objects to, by reason."""
+def _exclusions(changes: pd.DataFrame, used: Sequence[str]) -> list[dict[str, Any]]:
+    """Measured glaciers with a quality flag, by flag."""
     out = []
     flags = changes["flags"].fillna("").str.split(",")
     for flag, meaning in _FLAGS.items():
@@ -304,6 +308,7 @@ def _exclusions(changes: pd.DataFrame) -> list[dict[str, Any]]:
                 {
                     "flag": flag,
                     "meaning": meaning,
+                    "excluded": flag in used,
                     "n": int(hit.sum()),
                     "area_km2": float(changes.loc[hit, "baseline_area_km2"].sum()),
                 }

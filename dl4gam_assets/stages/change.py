@@ -50,11 +50,12 @@ def area_change(ws: Workspace, year: int, *, force: bool = False) -> StageResult
 
 
 def regional_change(ws: Workspace, year: int, *, force: bool = False) -> StageResult:
-    """Totals of the year by region, country and size class."""
+    """Totals of the year by region, country, size class and aspect."""
     from dl4gam_assets.change import regional_changes
 
     def work() -> tuple[str, dict[str, Any], dict[str, bytes]]:
         changes = ws.storage.read_table("changes", year=year)
+        elevations = ws.storage.read_table("elevations").set_index("glacier_id")
         totals = regional_changes(
             changes=changes,
             glaciers=ws.storage.read_table("glaciers"),
@@ -62,6 +63,7 @@ def regional_change(ws: Workspace, year: int, *, force: bool = False) -> StageRe
             settings=ws.region.change,
             year=year,
             baseline_year=ws.region.years.baseline,
+            aspects=elevations["aspect_mean_deg"],
         )
         ws.storage.write_table("regional_changes", totals, {"year": year})
         metadata: dict[str, Any] = {}
@@ -82,9 +84,39 @@ def regional_change(ws: Workspace, year: int, *, force: bool = False) -> StageRe
         "changes": ws.upstream("area_change", str(year)),
         "areas": _areas_fingerprints(ws, year),
         "glaciers": ws.upstream("inventory_outlines"),
+        "aspects": ws.upstream("elevation"),
         "settings": ws.region.fingerprint("change"),
     }
     return run_stage(ws, "regional_change", str(year), inputs, work, force=force)
+
+
+def area_trends(ws: Workspace, *, force: bool = False) -> StageResult:
+    """Trend of each glacier over all the years that are there."""
+    from dl4gam_assets.change import area_trends as trends_of
+
+    def work() -> tuple[str, dict[str, Any], dict[str, bytes]]:
+        trends = trends_of(ws.storage.read_table("areas"), ws.region.change)
+        ws.storage.write_table("trends", trends)
+        least = ws.region.change.trend_min_years
+        metadata = {
+            "glaciers": len(trends),
+            "median_years": float(trends["n_years"].median()) if len(trends) else None,
+            "median_trend_pct_per_year": float(trends["theil_sen_pct_per_year"].median()) if len(trends) else None,
+            "odd_images": [
+                {"glacier_id": r.glacier_id, "year": int(r.odd_year), "deviations_from_trend": float(r.odd_residual)}
+                for r in trends.dropna(subset=["odd_residual"])
+                .sort_values("odd_residual", key=lambda v: v.abs(), ascending=False)
+                .head(10)
+                .itertuples()
+            ],
+        }
+        if not len(trends):
+            metadata["why_none"] = f"no glacier has images of {least} years yet (change.trend_min_years)"
+        return frame_fingerprint(trends), metadata, {}
+
+    areas = {str(year): _areas_fingerprints(ws, year) for year in ws.region.years.all()}
+    inputs = {"areas": areas, "settings": ws.region.fingerprint("change")}
+    return run_stage(ws, "area_trends", "all", inputs, work, force=force)
 
 
 def _number(value: Any) -> float | None:

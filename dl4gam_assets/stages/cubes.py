@@ -28,7 +28,7 @@ def cube_of(site: Site, year: int, glacier_id: str, wanted: str, stamp: str) -> 
     import rasterio
 
     from dl4gam_assets.cubes import build_cube, content_fingerprint, cube_mask, open_cube, write_cube
-    from dl4gam_assets.imagery import items_from_row, read_image
+    from dl4gam_assets.imagery import items_from_row, policy_of, read_image
 
     storage = site.storage
     path = storage.cube(year, glacier_id)
@@ -46,7 +46,12 @@ def cube_of(site: Site, year: int, glacier_id: str, wanted: str, stamp: str) -> 
     if mine is None:
         with storage.reading(static_path(site, glacier_id)) as base, open_cube(base) as static:
             static["mask"].load()
-            image = read_image(items_from_row(row, catalog_of(site, stamp)), site.region.imagery, static.odc.geobox)
+            image = read_image(
+            items_from_row(row, catalog_of(site, stamp)),
+            site.region.imagery,
+            static.odc.geobox,
+            policy=policy_of(site.region.compute),
+        )
             dhdt = error = None
             if len(change) and pd.notna(change["period_start"].iloc[0]):
                 start, end = int(change["period_start"].iloc[0]), int(change["period_end"].iloc[0])

@@ -109,6 +109,7 @@ def curves(frame: pd.DataFrame, x: str, ys: Sequence[str], title: str = "") -> b
     for axes, name in zip(np.atleast_1d(figure.subplots(1, len(ys))), ys, strict=True):
         axes.plot(frame[x], frame[name], marker="o", markersize=2.5, linewidth=1, color="#20557a")
         axes.set_title(name.replace("_", " "), fontsize=8)
+        axes.set_xlabel(x.replace("_", " "), fontsize=7)
         axes.tick_params(labelsize=6)
         axes.grid(alpha=0.3)
     figure.suptitle(title, fontsize=8)

@@ -45,7 +45,7 @@ def results_database(ws: Workspace, *, force: bool = False) -> StageResult:
 
     inputs = _states(
         ws, "inventory_outlines", "selected_scenes", "glacier_cubes", "evaluation", "glacier_areas", "glacier_outlines",
-        "area_change", "regional_change", "calibration",
+        "area_change", "regional_change", "area_trends", "calibration",
     )  # fmt: skip
     return run_stage(ws, "results_database", "all", inputs, work, force=force or not path.exists())
 

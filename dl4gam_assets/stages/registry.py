@@ -47,6 +47,7 @@ STAGES: dict[str, Callable[..., StageResult]] = {
     "baseline_areas": areas.baseline_areas,
     "area_change": change.area_change,
     "regional_change": change.regional_change,
+    "area_trends": change.area_trends,
     "results_database": publication.results_database,
     "report": publication.report,
     "stac_catalog": publication.stac_catalog,

@@ -139,7 +139,7 @@ def static_of(
     is the row for ``failures`` that names the tile. The file is made again by the next run.
     """
     from dl4gam_assets.cubes import content_fingerprint, cube_mask, open_cube, static_layers, write_cube
-    from dl4gam_assets.terrain import boxes, grid_box
+    from dl4gam_assets.terrain import boxes, grid_box, mean_aspect
 
     storage, terrain = site.storage, site.region.terrain
     grid = grid_of(site, glacier_id)
@@ -208,6 +208,7 @@ def static_of(
                 "elevation_mean_m": float(here.mean()),
                 "elevation_max_m": float(here.max()),
                 "slope_mean_deg": float(np.nanmean(mine["slope"].to_numpy()[inside])),
+                "aspect_mean_deg": mean_aspect(mine["aspect"].to_numpy()[inside]),
             }
     if "v" in mine:
         speeds = mine["v"].to_numpy()

@@ -19,6 +19,7 @@ _HOMES = {
     "read_elevation_change": "reading",
     "match_period": "reading",
     "period_tiles": "reading",
+    "mean_aspect": "derivatives",
     "Tile": "tiles",
     "TileIndex": "tiles",
     "TileError": "tiles",

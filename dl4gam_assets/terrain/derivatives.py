@@ -86,3 +86,15 @@ def terrain_derivatives(dem: np.ndarray, pixel_m: float, sigma: float = 1.0) -> 
         values[missing] = np.nan
         out[name] = values
     return out
+
+
+def mean_aspect(aspect_deg: np.ndarray) -> float | None:
+    """Mean direction (degrees, 0 to 360) of aspects in degrees: that of the mean unit vector.
+
+    None where there is no aspect, or the directions cancel out (mean vector shorter than a thousandth).
+    """
+    angles = np.deg2rad(aspect_deg[np.isfinite(aspect_deg)].astype(np.float64))
+    if not angles.size:
+        return None
+    east, north = np.sin(angles).mean(), np.cos(angles).mean()
+    return float(np.rad2deg(np.arctan2(east, north)) % 360.0) if np.hypot(east, north) >= 1e-3 else None

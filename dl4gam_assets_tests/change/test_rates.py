@@ -54,6 +54,29 @@ def test_flags_name_what_is_weak() -> None:
     assert flags["ok"].to_dict() == {"calm": False, "lost": False, "fine": True, "unknown": False}
 
 
+def test_cloud_filling_and_growth_are_columns_that_exclude_nobody_unless_asked_to() -> None:
+    ids = ["hidden", "filled", "grew", "clear", "unknown"]
+    baseline = year_of(
+        2015, glacier_id=ids, area_km2=[1.0] * 5, usable_share=[0.6, 1, 1, 1, np.nan], filled_share=[0, 0, 0, 0, np.nan]
+    )
+    areas = year_of(
+        2023, glacier_id=ids, area_km2=[0.8, 0.8, 1.1, 0.8, 0.8], usable_share=[1, 1, 1, 1, np.nan],
+        filled_share=[0, 0.5, 0, 0, np.nan],
+    )  # fmt: skip
+    got = area_changes(baseline, areas, EXACT)[0].set_index("glacier_id")
+    named = {"hidden": "cloud", "filled": "filled", "grew": "growth"}
+    assert got["flags"].to_dict() == dict.fromkeys(ids, "") | named
+    assert got["ok"].all() and got["flag_growth"].sum() == got["flag_cloud"].sum() == 1
+    assert got.loc["hidden", "usable_share"] == 0.6 and got.loc["filled", "filled_share"] == 0.5
+    strict = EXACT.model_copy(update={"filter": ["cloud", "growth"]})
+    assert area_changes(baseline, areas, strict)[0].set_index("glacier_id")["ok"].to_dict() == {
+        "hidden": False, "filled": True, "grew": False, "clear": True, "unknown": True,
+    }  # fmt: skip
+    # Back in time growth is a loss: the later image is the baseline's.
+    earlier = area_changes(baseline.assign(year=2030, image_date=pd.Timestamp("2030-09-01")), areas, EXACT)[0]
+    assert not earlier.set_index("glacier_id").loc["grew", "flag_growth"]
+
+
 def test_every_glacier_is_either_a_row_or_an_exclusion_with_its_reason() -> None:
     baseline = year_of(
         2015, glacier_id=["a", "same", "short", "gone"], area_km2=[1.0] * 4,

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dl4gam_assets.change import area_changes, combined_std, fit_rate_law, regional_changes, size_class
-from dl4gam_assets.change.regional import size_class_labels
+from dl4gam_assets.change.regional import aspect_sector, size_class_labels
 from dl4gam_assets.settings import ChangeSettings
 
 EDGES = ChangeSettings().size_class_edges_km2
@@ -210,3 +210,45 @@ def test_groups_add_up_and_order_does_not_matter(seed: int, n: int, rho: float) 
                 assert np.nansum(parts["std_km2"]) == pytest.approx(whole["std_km2"])
         if method.startswith("extrapolated"):
             assert whole["n_glaciers"] == n
+
+
+def test_aspects_make_a_grouping_that_adds_up() -> None:
+    inventory = inventory_of(np.array([1.0, 2.0, 4.0, 0.05]))
+    first = areas_of(inventory, 2015, np.array([1.0, 2.0, 4.0, 0.05]), np.full(4, 0.01)).iloc[:3]
+    later = areas_of(inventory, 2025, np.array([0.9, 1.8, 3.6, 0.04]), np.full(4, 0.01)).iloc[:3]
+    changes, _ = area_changes(first, later, WHOLE)
+    aspects = pd.Series({"g0000": 350.0, "g0001": 10.0, "g0002": 181.0})
+    got = regional_changes(changes, inventory, later, WHOLE, 2025, 2015, aspects)
+    aspect = totals(got, "aspect")
+    assert aspect.index.get_level_values("group").unique().tolist() == ["N", "S", "unknown"]
+    measured = aspect.xs("measured", level="method")
+    assert measured["n_glaciers"].to_dict() == {"N": 2, "S": 1, "unknown": 0}
+    whole = totals(got).loc[("all", "extrapolated")]
+    parts = aspect.xs("extrapolated", level="method")
+    assert parts["rate_km2_per_year"].sum() == pytest.approx(whole["rate_km2_per_year"])
+    assert "aspect" not in set(regional_changes(changes, inventory, later, WHOLE, 2025, 2015)["grouping"])
+
+
+@pytest.mark.parametrize(
+    ("degrees", "name"), [(0, "N"), (337.5, "N"), (22.5, "NE"), (200, "S"), (359.9, "N"), (270, "W")]
+)
+def test_sectors_of_the_compass(degrees: float, name: str) -> None:
+    assert aspect_sector(np.array([degrees]))[0] == name
+
+
+def test_a_correlation_that_decays_is_used_and_named() -> None:
+    inventory = inventory_of(np.full(3, 1.0)).assign(lon=[8.0, 8.01, 14.0], lat=46.0)
+    first = areas_of(inventory, 2015, np.full(3, 1.0), np.full(3, 0.1))
+    later = areas_of(inventory, 2025, np.full(3, 0.8), np.full(3, 0.1))
+    changes, _ = area_changes(first, later, WHOLE)
+    std = {}
+    for name, update in {
+        "linear": {}, "decaying": {"correlation_length_km": 50.0}, "none": {"between_glacier_correlation": 0.0}
+    }.items():  # fmt: skip
+        settings_now = WHOLE.model_copy(update=update)
+        row = totals(regional_changes(changes, inventory, later, settings_now, 2025, 2015)).loc[("all", "measured")]
+        std[name] = row["std_km2"]
+        length = settings_now.correlation_length_km
+        assert row["correlation_length_km"] == length if length else pd.isna(row["correlation_length_km"])
+    assert std["linear"] == pytest.approx(0.3) and std["none"] == pytest.approx(0.1 * np.sqrt(3))
+    assert std["decaying"] == pytest.approx(np.sqrt(0.2**2 + 0.1**2), rel=0.02)  # two neighbours and one far away

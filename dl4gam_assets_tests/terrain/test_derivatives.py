@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from dl4gam_assets.terrain import DERIVATIVES, terrain_derivatives
+from dl4gam_assets.terrain import DERIVATIVES, mean_aspect, terrain_derivatives
 
 PIXEL = 10.0
 
@@ -113,3 +113,16 @@ def test_speed() -> None:
     start = time.perf_counter()
     terrain_derivatives(dem, PIXEL)
     assert time.perf_counter() - start < 2.0  # 0.1 s on one core that is free
+
+
+@settings(max_examples=40, deadline=None)
+@given(middle=st.floats(0, 360), spread=st.floats(0, 80))
+def test_the_mean_aspect_knows_that_north_is_both_0_and_360(middle: float, spread: float) -> None:
+    around = np.array([middle - spread, middle + spread, middle, np.nan]) % 360
+    got = mean_aspect(around)
+    assert got is not None and abs((got - middle + 180) % 360 - 180) < 1e-6
+
+
+def test_aspects_that_cancel_out_have_no_mean() -> None:
+    assert mean_aspect(np.array([0.0, 90.0, 180.0, 270.0])) is None
+    assert mean_aspect(np.array([np.nan])) is None
