@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import datetime as dt
 import difflib
+import functools
 import hashlib
 import json
 import os
@@ -132,7 +133,20 @@ class StacApi(_Strict):
     kind: Literal["stac-api"] = "stac-api"
     url: str
     collections: list[str]
-    query: dict[str, Any] = {}
+    query: dict[str, Any] = Field({}, description="STAC query extension, such as {'eo:cloud_cover': {'lt': 90}}.")
+    href_prefixes: dict[str, str] = Field(
+        {}, description="Beginnings of addresses to replace: a mirror, or s3:// where https:// is wanted."
+    )
+    page_size: int = Field(100, ge=1, description="Items a page.")
+    max_items: int = Field(20_000, ge=1, description="A search that gives more is refused (does the server end?).")
+    timeout_s: float = Field(60.0, gt=0, description="Seconds without an answer after which a request is repeated.")
+
+
+class StacGeoparquet(_Strict):
+    """A STAC collection in one or several GeoParquet files (stac-geoparquet)."""
+
+    kind: Literal["stac-geoparquet"] = "stac-geoparquet"
+    path: str = Field(description="File or glob pattern, relative to the region's data_root.")
 
 
 class SceneFolder(_Strict):
@@ -165,7 +179,21 @@ class SceneFolder(_Strict):
         return self
 
 
-Catalog = Annotated[Union[StacFolder, StacApi, SceneFolder], Field(discriminator="kind")]
+Catalog = Annotated[Union[StacFolder, StacApi, StacGeoparquet, SceneFolder], Field(discriminator="kind")]
+
+
+class OmniCloudMaskSettings(_Strict):
+    """The network OmniCloudMask as a cloud mask."""
+
+    models: str | None = Field(
+        None,
+        description="Folder of its weights; missing ones are downloaded into it. Null: the library's own folder.",
+    )
+    version: float | None = Field(None, description="Version of the weights; null: the newest that the library knows.")
+    classes: list[Annotated[int, Field(ge=0, le=3)]] = Field(
+        [1, 2, 3], description="Classes that count as cloud: 1 thick cloud, 2 thin cloud, 3 cloud shadow."
+    )
+    device: str | None = Field(None, description="Device as torch names it; null: the fastest there is.")
 
 
 class SensorSettings(_Strict):
@@ -177,15 +205,49 @@ class SensorSettings(_Strict):
         description="Our band name -> asset name in the catalog.",
     )
     scale: float | Literal["metadata"] = Field("metadata", description="DN to reflectance; 'metadata' reads the item.")
-    offset: float | Literal["metadata"] = "metadata"
+    offset: float | Literal["metadata", "sentinel-2-baseline"] = Field(
+        "metadata",
+        description="Added after scaling. 'metadata' reads the item; 'sentinel-2-baseline': -1000 x scale from processing "
+        "baseline 04.00 on, for catalogs of original digital numbers without metadata.",
+    )
     nodata: float | None = Field(None, description="DN that means no data where the files do not say.")
     pixel_m: float = Field(10.0, gt=0, description="Pixel size of the glacier cubes in metres.")
     resampling: Literal["nearest", "bilinear", "cubic"] = "bilinear"
     scene_classification: str | None = Field(None, description="Asset with the Sentinel-2 scene classification.")
-    cloud_classes: list[int] = Field([3, 8, 9, 10], description="Scene classes that count as cloud or cloud shadow.")
+    cloud_classes: list[Annotated[int, Field(ge=0, le=11)]] = Field(
+        [3, 8, 9, 10], description="Scene classes that count as cloud or cloud shadow (docs/image-selection.md)."
+    )
     cloud_probability: str | None = Field(None, description="Asset with the cloud probability in percent.")
     cloud_probability_min: float = Field(40.0, description="A pixel is cloudy at or above this probability (percent).")
+    qa_pixel: str | None = Field(None, description="Asset with Landsat's QA_PIXEL (collection 2).")
+    qa_bits: list[Annotated[int, Field(ge=0, le=7)]] = Field(
+        [0, 1, 2, 3, 4],
+        description="Bits of QA_PIXEL that count as cloud: fill, dilated cloud, cirrus, cloud, shadow. Bit 5 is snow.",
+    )
+    snow_overrules: list[Literal["scene_classification", "qa_pixel", "cloud_probability"]] = Field(
+        ["scene_classification", "qa_pixel"],
+        description="Masks whose clouds (not shadows) are not believed where the pixel has the spectrum of snow or "
+        "ice: they are known to take bright cold ice for cloud. Empty: masks are taken as they are. The published "
+        "code used a cloud probability alone, which by default is never overruled.",
+    )
+    snow_ndsi_min: float = Field(0.7, ge=-1, le=1, description="Snow or ice for snow_overrules: NDSI at least this...")
+    snow_swir_max: float = Field(0.12, gt=0, description="...and SWIR (1.6 micrometres) reflectance at most this.")
+    omnicloudmask: OmniCloudMaskSettings | None = Field(
+        None, description="Cloud and shadow by OmniCloudMask from red, green, nir (the extra omnicloudmask). Null: off."
+    )
     saturated_at: float | None = Field(None, description="DN at which the sensor saturates; counted, not masked.")
+
+    @model_validator(mode="after")
+    def _mask_bands(self) -> SensorSettings:
+        lacking = {"red", "green", "nir"} - set(self.bands)
+        if self.omnicloudmask is not None and lacking:
+            raise ValueError(f"omnicloudmask needs the bands {sorted(lacking)}, which bands lacks")
+        return self
+
+    @property
+    def overruled_masks(self) -> frozenset[str]:
+        """The masks that snow and ice may overrule: none without the bands of the NDSI."""
+        return frozenset(self.snow_overrules if {"green", "swir16"} <= set(self.bands) else ())
 
 
 class BaselineDates(_Strict):
@@ -221,18 +283,35 @@ class SelectionSettings(_Strict):
         "keep such pixels. Null: shadow is not looked for.",
     )
     shadow_ratio_max: float = Field(0.6, gt=0, description="See shadow_nir_max.")
+    fallback_cloud_tolerance: float = Field(
+        0.02,
+        ge=0,
+        le=1,
+        description="Where no candidate has an NDSI: cloud shares this close to the lowest count as the lowest.",
+    )
     overrides: str | None = Field(
         None, description="CSV below data_root (or package:NAME): glacier_id, year, date (or 'reject')."
     )
 
 
 class ImagerySettings(_Strict):
+    preset: str | None = Field(
+        None,
+        description="A known catalog (docs/catalogs.md): fills catalog and sensor; keys written beside it override.",
+    )
     catalog: Catalog
     sensor: SensorSettings = SensorSettings()
     window: tuple[str, str] = Field(("08-01", "10-15"), description="First and last day searched in a year, MM-DD.")
     baseline: BaselineDates = BaselineDates()
     selection: SelectionSettings = SelectionSettings()
     margin_m: float = Field(1330.0, ge=0, description="Cube margin around the outline (128 + 5 pixels at 10 m).")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_preset(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or raw.get("preset") is None:
+            return raw
+        return _merged(_preset("imagery", str(raw["preset"])), raw)
 
     @model_validator(mode="after")
     def _days(self) -> ImagerySettings:
@@ -295,6 +374,15 @@ class TerrainSettings(_Strict):
     )
     velocity_source: str = ""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _dem_preset(cls, raw: Any) -> Any:
+        catalog = raw.get("dem_catalog") if isinstance(raw, dict) else None
+        if not isinstance(catalog, dict) or "preset" not in catalog:
+            return raw
+        filled = _merged(_preset("dem", str(catalog["preset"])), {k: v for k, v in catalog.items() if k != "preset"})
+        return {**raw, "dem_catalog": filled}
+
     @property
     def has_dem(self) -> bool:
         """Whether any elevation is configured."""
@@ -351,6 +439,12 @@ class InferenceSettings(_Strict):
         "around centres every stride_px of the 50 m zone, the extremes and the centroid.",
     )
     window_px: int = Field(512, ge=64, multiple_of=32, description="mode 'windows': largest side of a window.")
+    context_px: int | None = Field(
+        None,
+        ge=0,
+        description="mode 'windows': only the box of the 50 m zone and so many pixels around it are mapped, in all "
+        "years; quality in the full scene is then judged there only. null: the whole cube.",
+    )
     overlap_px: int = Field(
         64, ge=0, validate_default=True, description="mode 'windows': what neighbours share at least."
     )
@@ -576,6 +670,36 @@ def fingerprint(content: Any) -> str:
 
 
 # --------------------------------------------------------------------------------------------- reading
+@functools.cache
+def presets() -> dict[str, dict[str, dict[str, Any]]]:
+    """Known catalogs: ``imagery`` and ``dem``, by name (presets.yaml)."""
+    text = (resources.files("dl4gam_assets") / "presets.yaml").read_text(encoding="utf-8")
+    loaded: dict[str, dict[str, dict[str, Any]]] = yaml.safe_load(text)
+    return loaded
+
+
+def _preset(kind: str, name: str) -> dict[str, Any]:
+    known = presets()[kind]
+    if name not in known:
+        near = _nearest(name, known)
+        hint = f"; did you mean {near!r}?" if near else ""
+        raise ValueError(f"there is no preset {name!r}{hint} Known: {', '.join(sorted(known))}")
+    return known[name]
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``over`` on top of ``base``: mappings are merged key by key, but for a catalog of another kind and the list of
+    bands, which replace."""
+    out = dict(base)
+    for key, value in over.items():
+        old = out.get(key)
+        whole = key == "bands" or (
+            isinstance(value, dict) and isinstance(old, dict) and value.get("kind", old.get("kind")) != old.get("kind")
+        )
+        out[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) and not whole else value
+    return out
+
+
 def packaged_regions() -> list[str]:
     """Names of the regions shipped with the package."""
     folder = resources.files("dl4gam_assets") / "regions"
@@ -633,7 +757,11 @@ def _region_text(name: str) -> tuple[str, str]:
 
 def _explain(error: Any) -> str:
     # Names of discriminated union members appear in loc; they are no keys of the file.
-    loc = [str(part) for part in error["loc"] if str(part) not in {"stac-folder", "stac-api", "scene-folder"}]
+    loc = [
+        str(part)
+        for part in error["loc"]
+        if str(part) not in {"stac-folder", "stac-api", "stac-geoparquet", "scene-folder"}
+    ]
     key = ".".join(loc) or "(top level)"
     if error["type"] == "extra_forbidden":
         valid = _valid_keys(loc[:-1])

@@ -249,6 +249,28 @@ def test_a_broken_scene_costs_one_candidate_and_no_other(small: Small, tmp_path:
     assert len(scenes[~scenes["scene_ids"].str.contains(item, regex=False)])
 
 
+def test_scoring_goes_on_where_it_stopped_and_other_thresholds_score_nothing_again(
+    small: Small, tmp_path: Path
+) -> None:
+    copy = Small(tmp_path)
+    shutil.copytree(str(small.storage.root), str(copy.storage.root), dirs_exist_ok=True)
+    ws = copy.workspace()
+    before = copy.storage.read_table("candidates", year=2016)
+    copy.storage.path("state", "scene_candidates", "2016.json").unlink()  # as if killed before the end
+    rows = sorted(copy.storage.path("candidates", "year=2016").glob("*.parquet"))
+    rows[0].unlink()
+    rows[1].write_bytes(rows[1].read_bytes()[:100])  # a damaged file is scored again
+    again = imagery_stages.scene_candidates(ws, 2016)
+    assert not again.unchanged and again.metadata["scored_now"] == 2
+    after = copy.storage.read_table("candidates", year=2016)
+    pd.testing.assert_frame_equal(after.drop(columns="hrefs"), before.drop(columns="hrefs"))  # the copy lies elsewhere
+    selection = copy.region.imagery.selection.model_copy(update={"ranking": "min_max", "cloud_max": 0.2})
+    imagery = copy.region.imagery.model_copy(update={"selection": selection})
+    copy.region = copy.region.model_copy(update={"imagery": imagery})
+    assert imagery_stages.scene_candidates(copy.workspace(), 2016).unchanged
+    assert not imagery_stages.selected_scenes(copy.workspace(), 2016).unchanged
+
+
 def test_areas_refuse_maps_that_are_older_than_their_cubes(small: Small, tmp_path: Path) -> None:
     copy = Small(tmp_path)
     shutil.copytree(str(small.storage.root), str(copy.storage.root), dirs_exist_ok=True)

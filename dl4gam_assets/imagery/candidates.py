@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import geopandas as gpd
 import numpy as np
@@ -19,10 +20,14 @@ import rasterio.warp
 
 from dl4gam_assets.imagery.catalogs import SceneCatalog, group_by_day, item_checksums, lonlat_box
 from dl4gam_assets.imagery.reading import ReadPolicy, SceneUnreachableError, bytes_read, read_images
+from dl4gam_assets.imagery.scaling import implausible
 from dl4gam_assets.imagery.scores import score_image
 from dl4gam_assets.inventory import glacier_grid
 from dl4gam_assets.settings import ComputeSettings, ImagerySettings, Region
 from dl4gam_assets.tables import TABLES
+
+if TYPE_CHECKING:
+    from odc.geo.geobox import GeoBox
 
 
 def search_periods(
@@ -52,6 +57,7 @@ def candidates_of_glacier(
     catalog: SceneCatalog,
     region: Region,
     year: int,
+    items: Mapping[str, pystac.Item] | None = None,
 ) -> pd.DataFrame:
     """Score every day's image over one glacier.
 
@@ -63,6 +69,7 @@ def candidates_of_glacier(
     glacier : row of the table ``glaciers``
     glaciers : the table, for the ice of the neighbours
     zones : rows of the table ``zones`` of this glacier
+    items : from :func:`items_of_glacier`, where they are known already
 
     Returns
     -------
@@ -73,12 +80,8 @@ def candidates_of_glacier(
     """
     imagery = region.imagery
     grid = glacier_grid(glacier["geometry"], int(glacier["utm_epsg"]), imagery.sensor.pixel_m, imagery.margin_m)
-    date = glacier["inventory_date"]
-    known = None if pd.isna(date) else pd.Timestamp(date).date()
-    box = rasterio.warp.transform_bounds(str(grid.crs), "EPSG:4326", *grid.boundingbox)  # west > east: antimeridian
-    items: dict[str, pystac.Item] = {}
-    for start, end in search_periods(year, known, imagery, region.years.baseline):
-        items |= {item.id: item for item in catalog.search(box, start, end)}
+    if items is None:
+        items = items_of_glacier(glacier, catalog, region, year)
     if not items:
         nothing = TABLES["candidates"].empty().drop(columns="year")
         nothing.attrs |= {"bytes_read": 0, "unreachable": 0}
@@ -86,7 +89,7 @@ def candidates_of_glacier(
 
     selection = imagery.selection
     crs = str(grid.crs)
-    window = lonlat_box(box)
+    window = lonlat_box(_degrees(grid))
     ice = _burn(glaciers.geometry.iloc[glaciers.sindex.query(window, predicate="intersects")].to_crs(crs), grid)
     outline = gpd.GeoSeries([glacier["geometry"]], crs="EPSG:4326").to_crs(crs)
     own = _burn(outline, grid)
@@ -95,8 +98,7 @@ def candidates_of_glacier(
     near = own | _burn(buffered, grid)
     covered = np.ones(grid.shape, dtype=bool) if selection.coverage_geometry == "region_of_interest" else own
 
-    assets = [*imagery.sensor.bands.values(), imagery.sensor.scene_classification, imagery.sensor.cloud_probability]
-    names = [a for a in assets if a]
+    names = assets_of(imagery)
     wanted = [b for b in imagery.sensor.bands if b in {"blue", "green", "red", "swir16"}]
     if "swir16" not in wanted or not {"blue", "green", "red"} <= set(wanted):
         wanted = list(imagery.sensor.bands)
@@ -120,11 +122,45 @@ def candidates_of_glacier(
             row["reason"] = f"can not be read: {image}"
             unreachable += isinstance(image, SceneUnreachableError)
             continue
+        wrong = implausible(image["reflectance"].to_numpy(), [str(b) for b in image["band"].to_numpy()])
+        if wrong is not None:
+            row["reason"] = f"can not be used: {row['scene_ids']}: {wrong}"
+            continue
         row |= score_image(image, region=covered, near=near, glaciers=ice, settings=selection)
         row["scene_ids"] = image.attrs["scene_ids"] or row["scene_ids"]
     frame = TABLES["candidates"].conform(pd.DataFrame(rows).assign(year=year)).drop(columns="year")
     frame.attrs |= {"bytes_read": bytes_read() - before, "unreachable": unreachable}
     return frame
+
+
+def search_window(
+    glacier: pd.Series, region: Region, year: int
+) -> tuple[tuple[float, float, float, float], list[tuple[dt.date, dt.date]]]:
+    """Where and when a glacier's scenes are searched: its grid's box (west, south, east, north in degrees; west > east
+    crosses the antimeridian), and its periods (first and last day)."""
+    imagery = region.imagery
+    grid = glacier_grid(glacier["geometry"], int(glacier["utm_epsg"]), imagery.sensor.pixel_m, imagery.margin_m)
+    date = glacier["inventory_date"]
+    known = None if pd.isna(date) else pd.Timestamp(date).date()
+    return _degrees(grid), search_periods(year, known, imagery, region.years.baseline)
+
+
+def items_of_glacier(glacier: pd.Series, catalog: SceneCatalog, region: Region, year: int) -> dict[str, pystac.Item]:
+    """The items of a catalog that may show a glacier in a year, by id."""
+    box, periods = search_window(glacier, region, year)
+    return {item.id: item for start, end in periods for item in catalog.search(box, start, end)}
+
+
+def assets_of(imagery: ImagerySettings) -> list[str]:
+    """Names of the assets that a region reads: bands and masks."""
+    sensor = imagery.sensor
+    masks = (sensor.scene_classification, sensor.cloud_probability, getattr(sensor, "qa_pixel", None))
+    return [*sensor.bands.values(), *(name for name in masks if name)]
+
+
+def _degrees(grid: GeoBox) -> tuple[float, float, float, float]:
+    west, south, east, north = rasterio.warp.transform_bounds(str(grid.crs), "EPSG:4326", *grid.boundingbox)
+    return west, south, east, north
 
 
 def policy_of(compute: ComputeSettings) -> ReadPolicy:

@@ -1,23 +1,39 @@
-"""Catalogs of scenes: a STAC catalog on disk, a STAC API, a folder of local files. All give pystac items.
+"""Catalogs of scenes: STAC on disk, as GeoParquet or behind an API, or a folder of local files. All give pystac items.
 
-Belongs here: finding items in space and time, grouping them by day, their identity.
-Does not belong here: reading pixels.
+Belongs here: finding items in space and time, one search for many glaciers, grouping items by day, their identity.
+Does not belong here: reading pixels, scales (``scaling``), signatures (``signing``).
 """
 
 from __future__ import annotations
 
 import datetime as dt
+import glob
+import json
+import logging
+import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlparse
 
 import pystac
 import shapely
 import shapely.geometry
 
-from dl4gam_assets.settings import SceneFolder, SensorSettings, StacApi, StacFolder
+from dl4gam_assets.settings import SceneFolder, SensorSettings, StacApi, StacFolder, StacGeoparquet
+
+if TYPE_CHECKING:
+    import pyarrow.dataset
+
+log = logging.getLogger(__name__)
+
+#: Fields of an item that are kept in an item index, besides those of its assets.
+_KEPT = (
+    "datetime", "start_datetime", "end_datetime", "created", "updated", "platform", "grid:code", "s2:mgrs_tile",
+    "s2:processing_baseline", "processing:version", "s2:generation_time", "earthsearch:boa_offset_applied",
+    "eo:cloud_cover", "proj:epsg", "proj:code", "landsat:wrs_path", "landsat:wrs_row",
+)  # fmt: skip
 
 
 class CatalogError(RuntimeError):
@@ -37,7 +53,9 @@ class SceneCatalog(Protocol):
         ...
 
 
-def open_catalog(catalog: StacFolder | StacApi | SceneFolder, data_root: Path, sensor: SensorSettings) -> SceneCatalog:
+def open_catalog(
+    catalog: StacFolder | StacApi | SceneFolder | StacGeoparquet, data_root: Path, sensor: SensorSettings
+) -> SceneCatalog:
     """The catalog that the settings name.
 
     Raises
@@ -47,6 +65,8 @@ def open_catalog(catalog: StacFolder | StacApi | SceneFolder, data_root: Path, s
     """
     if isinstance(catalog, StacFolder):
         return _Items(_read_stac(data_root / catalog.path), str(data_root / catalog.path))
+    if isinstance(catalog, StacGeoparquet):
+        return _Parquet(data_root / catalog.path)
     if isinstance(catalog, SceneFolder):
         return _Items(_items_of_folder(catalog, data_root / catalog.path, sensor), str(data_root / catalog.path))
     return _Api(catalog)
@@ -55,7 +75,7 @@ def open_catalog(catalog: StacFolder | StacApi | SceneFolder, data_root: Path, s
 class _Items:
     """Items in memory, searched by a spatial index."""
 
-    def __init__(self, items: Sequence[pystac.Item], where: str):
+    def __init__(self, items: Iterable[pystac.Item], where: str):
         self.where = where
         self._items = sorted(items, key=lambda i: i.id)
         self._by_id = {item.id: item for item in self._items}
@@ -85,40 +105,260 @@ class _Api:
         from urllib3 import Retry
 
         self.settings = settings
-        # Transient answers are asked again after 1, 2, 4 ... seconds, or as Retry-After says.
-        retry = Retry(total=5, backoff_factor=1, status_forcelist=[429, 500, 502, 503, 504], allowed_methods=None)
+        # Passing trouble is asked again after 1, 2, 4 ... seconds, or as Retry-After says (at most two minutes).
+        retry = Retry(
+            total=5, connect=2, read=2, backoff_factor=1, backoff_jitter=0.5, backoff_max=60, retry_after_max=120,
+            status_forcelist=[429, 500, 502, 503, 504], allowed_methods=None,
+        )  # fmt: skip
         try:
-            self._client = pystac_client.Client.open(settings.url, stac_io=StacApiIO(max_retries=retry, timeout=60))
+            # GDAL and pystac-client share nothing; connections are kept for all searches of this catalog.
+            self._client = pystac_client.Client.open(
+                settings.url, stac_io=StacApiIO(max_retries=retry, timeout=settings.timeout_s)
+            )
         except Exception as error:
-            raise CatalogError(f"STAC API {settings.url} does not answer: {error}") from error
+            raise CatalogError(f"STAC API {settings.url} does not answer: {_words(error)}") from error
 
     def search(self, bbox: Sequence[float], start: dt.date, end: dt.date) -> list[pystac.Item]:
         day = dt.timedelta(days=1)  # a solar day begins in the evening before, or ends in the morning after, in UTC
-        try:
-            found = self._client.search(
-                collections=self.settings.collections,
-                bbox=list(bbox),
-                datetime=f"{start - day}T00:00:00Z/{end + day}T23:59:59Z",
-                query=self.settings.query or None,
-                limit=100,
-            )
-            items = sorted(found.items(), key=lambda i: i.id)
-        except Exception as error:
-            raise CatalogError(f"search in {self.settings.url} failed: {error}") from error
-        return [item for item in items if start <= solar_day(item) <= end]
+        period = f"{start - day}T00:00:00Z/{end + day}T23:59:59Z"
+        found: dict[str, pystac.Item] = {}
+        for box in _halves(bbox):
+            asked = {"bbox": list(box), "datetime": period, "query": self.settings.query or None}
+            found |= {item.id: item for item in self._ask(**asked)}
+        return _Items(found.values(), self.settings.url).search(bbox, start, end)
 
     def get(self, item_ids: Sequence[str]) -> list[pystac.Item]:
-        try:
-            search = self._client.search(collections=self.settings.collections, ids=list(item_ids))
-            found = {item.id: item for item in search.items()}
-        except Exception as error:
-            raise CatalogError(f"{self.settings.url} failed to give items by id: {error}") from error
+        found = {item.id: item for item in self._ask(ids=list(item_ids))}
         gone = [i for i in item_ids if i not in found]
         if gone:
             raise CatalogError(
                 f"{self.settings.url} has no item {gone[0]!r} any more; materialize scene_candidates again"
             )
         return [found[i] for i in item_ids]
+
+    def _ask(self, **asked: Any) -> list[pystac.Item]:
+        """All pages of a search, duplicates dropped (the newest version of an id stays)."""
+        settings = self.settings
+        found: dict[str, pystac.Item] = {}
+        try:
+            search = self._client.search(collections=settings.collections, limit=settings.page_size, **asked)
+            for page in search.pages_as_dicts():
+                features = page.get("features") or []
+                new = 0
+                for feature in features:
+                    item = _item(feature, settings)
+                    if item is None:
+                        continue
+                    old = found.get(item.id)
+                    new += old is None
+                    if old is None or _processing(item) > _processing(old):
+                        found[item.id] = item
+                if features and not new:
+                    raise CatalogError(f"{settings.url} gives the same page of items again and again: search stopped")
+                if len(found) > settings.max_items:
+                    raise CatalogError(
+                        f"a search in {settings.url} gives more than {settings.max_items} items: narrow "
+                        "imagery.window or imagery.catalog.query, or raise imagery.catalog.max_items"
+                    )
+        except CatalogError:
+            raise
+        except Exception as error:
+            raise CatalogError(f"search in {settings.url} failed: {_words(error)}") from error
+        return sorted(found.values(), key=lambda i: i.id)
+
+
+def _item(feature: Mapping[str, Any], settings: StacApi) -> pystac.Item | None:
+    """An item of an answer, with the wished addresses; None (and a warning) where it can not be used."""
+    try:
+        item = pystac.Item.from_dict(dict(feature), preserve_dict=False)
+        footprint(item)
+        solar_day(item)
+    except Exception as error:
+        log.warning(f"{settings.url}: item {feature.get('id', '?')} is left out: {_words(error)}")
+        return None
+    for asset in item.assets.values():
+        for prefix, replacement in settings.href_prefixes.items():
+            if asset.href.startswith(prefix):
+                asset.href = replacement + asset.href.removeprefix(prefix)
+    return item
+
+
+def _halves(bbox: Sequence[float]) -> list[tuple[float, ...]]:
+    """A box that crosses the antimeridian as two: not every server understands west > east."""
+    west, south, east, north = _box(bbox)
+    if west <= east:
+        return [(west, south, east, north)]
+    return [(west, south, 180.0, north), (-180.0, south, east, north)]
+
+
+def _words(error: BaseException) -> str:
+    return " ".join(str(error).split())[:500] or type(error).__name__
+
+
+# ---------------------------------------------------------------------------------------------- many glaciers at once
+Window = tuple[tuple[float, float, float, float], Sequence[tuple[dt.date, dt.date]]]
+
+
+def search_plan(
+    windows: Iterable[Window], cell_deg: float = 1.0, gap_days: int = 30
+) -> list[tuple[tuple[float, float, float, float], dt.date, dt.date]]:
+    """Few searches that cover many glaciers: one a cell of the globe and season.
+
+    Parameters
+    ----------
+    windows : for each glacier its box (west, south, east, north in degrees; west > east crosses the antimeridian) and
+        its search periods (first and last day)
+    cell_deg : glaciers whose boxes' centres share a cell of this size are searched together
+    gap_days : periods of a cell that are nearer to each other than this become one
+
+    Returns
+    -------
+    Boxes with first and last day, in a fixed order.
+    """
+    cells: dict[tuple[int, int], list[Window]] = {}
+    for box, periods in windows:
+        for part in _halves(box):
+            key = (int((part[0] + part[2]) / 2 // cell_deg), int((part[1] + part[3]) / 2 // cell_deg))
+            cells.setdefault(key, []).append(((part[0], part[1], part[2], part[3]), periods))
+    out = []
+    for key in sorted(cells):
+        boxes, lists = zip(*cells[key], strict=True)
+        west, south, east, north = zip(*boxes, strict=True)
+        bounds = (min(west), min(south), max(east), max(north))
+        merged: list[list[dt.date]] = []
+        for start, end in sorted(period for periods in lists for period in periods):
+            if merged and start <= merged[-1][1] + dt.timedelta(days=gap_days):
+                merged[-1][1] = max(merged[-1][1], end)
+            else:
+                merged.append([start, end])
+        out += [(bounds, start, end) for start, end in merged]
+    return out
+
+
+def write_items(items: Iterable[pystac.Item], assets: Sequence[str], path: Path) -> int:
+    """Write items as lines of JSON with the given assets and the properties that matter here; returns their number."""
+    count = 0
+    with open(path, "w", encoding="utf-8") as file:
+        for item in sorted(items, key=lambda i: i.id):
+            slim = item.to_dict(include_self_link=False, transform_hrefs=False)
+            slim["links"] = []
+            slim["assets"] = {name: slim["assets"][name] for name in assets if name in slim["assets"]}
+            slim["properties"] = {k: v for k, v in slim["properties"].items() if k in _KEPT}
+            slim["stac_extensions"] = []
+            file.write(json.dumps(slim, separators=(",", ":"), default=str) + "\n")
+            count += 1
+    return count
+
+
+def read_items(path: Path) -> SceneCatalog:
+    """The catalog of a file of :func:`write_items`.
+
+    Raises
+    ------
+    CatalogError
+        if it can not be read.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            items = [pystac.Item.from_dict(json.loads(line), preserve_dict=False) for line in file if line.strip()]
+    except (OSError, ValueError, KeyError) as error:
+        raise CatalogError(
+            f"item index {path} can not be read ({_words(error)}): delete it and search again"
+        ) from error
+    return _Items(items, f"item index {path}")
+
+
+# ----------------------------------------------------------------------------------------------------- stac-geoparquet
+class _Parquet:
+    """A stac-geoparquet collection: only the rows near in space and time are read and become items."""
+
+    def __init__(self, where: Path):
+        import pyarrow
+        import pyarrow.dataset
+
+        self.where = str(where)
+        files = [self.where] if where.exists() else sorted(glob.glob(self.where, recursive=True))
+        if not files:
+            raise CatalogError(f"stac-geoparquet {where} does not exist (imagery.catalog.path)")
+        try:
+            self._data: pyarrow.dataset.Dataset = pyarrow.dataset.dataset(
+                files if len(files) > 1 else files[0], format="parquet"
+            )
+        except (pyarrow.ArrowException, OSError) as error:
+            raise CatalogError(f"stac-geoparquet {where} can not be read: {_words(error)}") from error
+        lacking = {"id", "geometry", "bbox", "assets", "datetime"} - set(self._data.schema.names)
+        if lacking:
+            raise CatalogError(f"{where} is no stac-geoparquet: it lacks the columns {', '.join(sorted(lacking))}")
+        self._folder = os.path.dirname(os.path.abspath(files[0]))
+
+    def search(self, bbox: Sequence[float], start: dt.date, end: dt.date) -> list[pystac.Item]:
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        west, south, east, north = _box(bbox)
+        field = pc.field
+        kind = self._data.schema.field("datetime").type
+        zone = dt.UTC if getattr(kind, "tz", None) else None
+        first, last = (
+            pa.scalar(dt.datetime.combine(day, dt.time(), tzinfo=zone), kind)
+            for day in (start - dt.timedelta(days=1), end + dt.timedelta(days=2))
+        )
+        near = (field("bbox", "ymin") <= north) & (field("bbox", "ymax") >= south)
+        # An item over the antimeridian has xmin > xmax; boxes are compared precisely below.
+        over = field("bbox", "xmin") > field("bbox", "xmax")
+        if west <= east:
+            near &= over | ((field("bbox", "xmin") <= east) & (field("bbox", "xmax") >= west))
+        else:
+            near &= over | (field("bbox", "xmax") >= west) | (field("bbox", "xmin") <= east)
+        # Items without a datetime have a start; they are few enough to be looked at one by one.
+        when = ((field("datetime") >= first) & (field("datetime") < last)) | field("datetime").is_null()
+        return _Items(self._items(near & when), self.where).search(bbox, start, end)
+
+    def get(self, item_ids: Sequence[str]) -> list[pystac.Item]:
+        import pyarrow.compute as pc
+
+        return _Items(self._items(pc.field("id").isin(list(item_ids))), self.where).get(item_ids)
+
+    def _items(self, condition: Any) -> Iterator[pystac.Item]:
+        import pyarrow
+
+        try:
+            rows = self._data.to_table(filter=condition).to_pylist()
+        except (pyarrow.ArrowException, OSError) as error:
+            raise CatalogError(f"stac-geoparquet {self.where} can not be read: {_words(error)}") from error
+        for row in rows:
+            yield self._item(row)
+
+    def _item(self, row: dict[str, Any]) -> pystac.Item:
+        """An item from a row: properties are columns of their own, assets a struct with nulls for those that lack."""
+        about = {"type", "stac_version", "stac_extensions", "links", "collection"}
+        plain = {k: v for k, v in _without_nulls(row).items() if k not in about}
+        box, shape = plain.pop("bbox"), shapely.from_wkb(plain.pop("geometry"))
+        assets, when = plain.pop("assets"), plain.pop("datetime", None)
+        item = pystac.Item(
+            id=str(plain.pop("id")),
+            geometry=shapely.geometry.mapping(shape),
+            bbox=[box[k] for k in ("xmin", "ymin", "xmax", "ymax")],
+            datetime=when if when is None or when.tzinfo else when.replace(tzinfo=dt.UTC),
+            properties=plain,
+            start_datetime=plain.get("start_datetime"),
+            end_datetime=plain.get("end_datetime"),
+        )
+        for name, asset in assets.items():
+            href = str(asset.pop("href"))
+            if local_path(href) is not None and not os.path.isabs(str(local_path(href))):
+                href = os.path.join(self._folder, href)
+            known = {k: asset.pop(k) for k in ("title", "description", "roles") if k in asset}
+            media = asset.pop("type", None)
+            item.add_asset(name, pystac.Asset(href=href, media_type=media, extra_fields=asset, **known))
+        return item
+
+
+def _without_nulls(value: Any) -> Any:
+    """Structs without the fields that are null: Parquet has one schema for all rows."""
+    if isinstance(value, dict):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
 def _read_stac(path: Path) -> list[pystac.Item]:
@@ -219,10 +459,16 @@ def _bounds(path: Path, order: Sequence[str]) -> shapely.Geometry | None:
 
 def lonlat_box(bbox: Sequence[float]) -> shapely.Geometry:
     """A box (west, south, east, north in degrees) as a polygon; two where it crosses the antimeridian."""
-    west, south, east, north = (bbox[0], bbox[1], bbox[-2], bbox[-1]) if len(bbox) == 4 else (*bbox[:2], *bbox[3:5])
+    west, south, east, north = _box(bbox)
     if west <= east:
         return shapely.box(west, south, east, north)
     return shapely.MultiPolygon([shapely.box(west, south, 180.0, north), shapely.box(-180.0, south, east, north)])
+
+
+def _box(bbox: Sequence[float]) -> tuple[float, float, float, float]:
+    """West, south, east, north of a box of four or (with heights) six numbers."""
+    west, south, east, north = bbox if len(bbox) == 4 else (*bbox[:2], *bbox[3:5])
+    return float(west), float(south), float(east), float(north)
 
 
 def footprint(item: pystac.Item) -> shapely.Geometry:
@@ -318,26 +564,3 @@ def asset_of(item: pystac.Item, name: str) -> pystac.Asset:
         have = ", ".join(sorted(item.assets)) or "none"
         raise CatalogError(f"item {item.id} has no asset {name!r} (imagery.sensor.bands); it has {have}")
     return item.assets[name]
-
-
-def band_metadata(asset: pystac.Asset, index: int = 1) -> dict[str, Any]:
-    """Scale, offset and nodata of an asset's band (1 is the first), where the item states them.
-
-    Read are STAC 1.1 ``bands`` and the raster extension: ``raster:bands`` (version 1) or ``raster:scale`` and
-    ``raster:offset`` (version 2) of the band or, for all bands, of the asset itself. The band's own word wins.
-    """
-    fields = asset.extra_fields
-    merged: dict[str, Any] = {}
-    entries = [fields]
-    for key in ("raster:bands", "bands"):
-        of_bands = fields.get(key) or []
-        if len(of_bands) >= index:
-            entries.append(of_bands[index - 1])
-    for entry in entries:
-        for key, names in {
-            "scale": ("scale", "raster:scale"), "offset": ("offset", "raster:offset"), "nodata": ("nodata",),
-        }.items():  # fmt: skip
-            for name in names:
-                if entry.get(name) is not None:
-                    merged[key] = entry[name]
-    return merged

@@ -22,7 +22,9 @@ def obstacles(frame: pd.DataFrame, settings: SelectionSettings) -> pd.Series:
     """Why each candidate is not acceptable, in words; null where it is: readable, and within the thresholds."""
     words = []
     unreadable = frame["reason"] if "reason" in frame else [None] * len(frame)
-    for broken, coverage, cloud in zip(unreadable, frame["coverage"], frame["cloud_share"], strict=True):
+    unknown = frame["ndsi"].isna() & frame["albedo"].isna()
+    columns = (unreadable, frame["coverage"], frame["cloud_share"], unknown)
+    for broken, coverage, cloud, scoreless in zip(*columns, strict=True):
         found = []
         if isinstance(broken, str) and broken:
             found.append(broken)
@@ -31,6 +33,8 @@ def obstacles(frame: pd.DataFrame, settings: SelectionSettings) -> pd.Series:
                 found.append(_beyond("coverage", coverage, "below", settings.coverage_min))
             if not cloud <= settings.cloud_max:
                 found.append(_beyond("cloud share", cloud, "above", settings.cloud_max))
+            if not found and scoreless:
+                found.append(f"fewer than {settings.min_clean_pixels} clean pixels, so no score")
         words.append("; ".join(found) or None)
     return pd.Series(words, index=frame.index, dtype=object)
 
@@ -49,12 +53,16 @@ def rank_candidates(frame: pd.DataFrame, settings: SelectionSettings) -> pd.Data
     share a position) are averaged; ties go to the lower albedo.
     ``min_max`` (modular code): cloud share, NDSI and albedo are scaled to [0, 1] within the candidates, where equal all
     are 0, and averaged with equal weights; ties go to the lower albedo.
-    The last tie goes to the earlier date, so the order of the rows never matters.
+    The order of the rows never matters.
 
     Where no candidate of a glacier has an NDSI (no SWIR band, or no ice-free ground to see), albedo stands for it, and
-    ties go to the lower cloud share: albedo has been counted then, and what is dark may be shadow.
+    ties go to the lower cloud share: albedo has been counted then, and what is dark may be shadow. Cloud shares that
+    exceed the lowest by less than ``settings.fallback_cloud_tolerance`` count as the lowest then: without SWIR, cloud
+    is often shadow found by brightness, and a few pixels more of wet ice must not outweigh a glacier full of snow.
 
     A candidate that lacks a score that another has comes after all those that have it, whatever its other scores.
+    Remaining ties go to the lower cloud share, the lower NDSI and the earlier date, so that a candidate that is nowhere
+    better and somewhere worse than another (dominated) never wins. One without NDSI and albedo is not acceptable.
 
     Returns
     -------
@@ -67,21 +75,23 @@ def rank_candidates(frame: pd.DataFrame, settings: SelectionSettings) -> pd.Data
     out["obstacle"] = obstacles(out, settings)
     for _, mine in out[out["obstacle"].isna()].groupby("glacier_id", sort=False):
         cloud, ndsi, albedo = (mine[c].astype(float) for c in ("cloud_share", "ndsi", "albedo"))
-        fallback = ndsi.isna().all()
-        snow = [albedo] if fallback else [ndsi]
+        fallback = bool(ndsi.isna().all())
+        judged = _apart(cloud, settings.fallback_cloud_tolerance) if fallback else cloud
         if settings.ranking == "rank_positions":
-            score = _mean_of([_position(cloud), *map(_position, snow)])
+            score = _mean_of([_position(judged), _position(albedo if fallback else ndsi)])
         else:
-            snow = snow if fallback else [ndsi, albedo]
-            score = _mean_of([_scaled(cloud), *map(_scaled, snow)])
+            score = _mean_of([_scaled(m) for m in ((judged, albedo) if fallback else (judged, ndsi, albedo))])
+        first, second = (cloud, albedo) if fallback else (albedo, cloud)
         order = pd.DataFrame(
             {
-                "lacking": sum(metric.isna().astype(int) for metric in snow),
+                "lacking": 2 * ndsi.isna().astype(int) + albedo.isna().astype(int),
                 "score": score,
-                "tie": cloud if fallback else albedo.fillna(np.inf),
+                "first": first.fillna(np.inf),
+                "second": second.fillna(np.inf),
+                "third": ndsi.fillna(np.inf),
                 "date": mine["date"],
             }
-        ).sort_values(["lacking", "score", "tie", "date"])
+        ).sort_values(["lacking", "score", "first", "second", "third", "date"])
         out.loc[order.index, "rank"] = np.arange(1, len(order) + 1)
         out.loc[order.index, "score"] = order["score"]
     return out
@@ -90,6 +100,12 @@ def rank_candidates(frame: pd.DataFrame, settings: SelectionSettings) -> pd.Data
 def _position(metric: pd.Series) -> pd.Series:
     """Position among the candidates after rounding, 1 is lowest; equal ones share it, missing ones are last."""
     return metric.round(2).rank(method="min", na_option="bottom")
+
+
+def _apart(cloud: pd.Series, tolerance: float) -> pd.Series:
+    """What each cloud share exceeds the lowest by, 0 below the tolerance."""
+    excess = cloud - cloud.min()
+    return excess.where(excess >= tolerance, 0.0)
 
 
 def _scaled(metric: pd.Series) -> pd.Series:
@@ -127,7 +143,7 @@ def select_scenes(frame: pd.DataFrame, year: int, overrides: pd.DataFrame | None
         forced = mine is not None and glacier_id in mine.index
         date = mine[glacier_id] if mine is not None and forced else None
         parts.append(_choose(group.sort_values("date").copy(), date, forced))
-    return pd.concat(parts, ignore_index=True)[names]
+    return pd.concat(parts, ignore_index=True).reindex(columns=names)
 
 
 def _choose(group: pd.DataFrame, date: pd.Timestamp | None, forced: bool) -> pd.DataFrame:

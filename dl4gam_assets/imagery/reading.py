@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,9 @@ import rasterio.windows
 import xarray as xr
 from rasterio.enums import Resampling
 
-from dl4gam_assets.imagery.catalogs import CatalogError, asset_of, band_metadata, footprint, local_path, lonlat_box
+from dl4gam_assets.imagery.catalogs import CatalogError, asset_of, footprint, local_path, lonlat_box
+from dl4gam_assets.imagery.masks import cloud_of_item, mask_assets, saturated
+from dl4gam_assets.imagery.scaling import band_index, band_metadata, reflectance_scale
 from dl4gam_assets.imagery.sources import (
     ReadPolicy,
     SceneError,
@@ -55,7 +57,6 @@ __all__ = [
     "forget_files",
     "read_image",
     "read_images",
-    "reflectance_scale",
 ]
 
 
@@ -83,8 +84,10 @@ def read_image(
     Returns
     -------
     Dataset with ``reflectance`` float32 (band, y, x), unit 1, NaN where missing; ``cloud`` bool (y, x), false without
-    a cloud mask; ``missing`` bool (y, x), where any of the bands is missing. The attribute ``scene_ids`` names the
-    items that gave pixels, in order, joined by ``+``.
+    a cloud mask; ``overruled`` bool (y, x), what a mask called cloud and the spectrum of snow or ice took back;
+    ``saturated`` bool (y, x), only with ``sensor.saturated_at``: where any band reaches it; ``missing`` bool (y, x),
+    where any of the bands is missing. The attribute ``scene_ids`` names the items that gave pixels, in order, joined by
+    ``+``.
 
     Raises
     ------
@@ -97,7 +100,7 @@ def read_image(
     sensor = imagery.sensor
     names = list(bands if bands is not None else sensor.bands)
     reflectance = np.full((len(names), *geobox.shape), np.nan, dtype=np.float32)
-    cloud = np.zeros(geobox.shape, dtype=bool)
+    cloud, overruled, over = (np.zeros(geobox.shape, dtype=bool) for _ in range(3))
     missing = np.ones(geobox.shape, dtype=bool)
     used: list[str] = []
     with reading_with(policy) as rules:
@@ -113,21 +116,24 @@ def read_image(
                     continue
                 for mask in masks:
                     mask()
-            mask_of_item = _cloud(item, sensor, geobox)
+            masks_of_item = (
+                *_cloud(item, sensor, geobox, dict(zip(names, values, strict=True))),
+                _saturated(item, sensor, names, values),
+            )
             if not used:  # the first: nothing to keep of what is there
                 values[:, absent] = np.nan
-                reflectance, cloud = values, mask_of_item & fresh
+                reflectance = values
             else:
                 reflectance[:, fresh] = values[:, fresh]
-                cloud[fresh] = mask_of_item[fresh]
+            for kept, of_item in zip((cloud, overruled, over), masks_of_item, strict=True):
+                kept[fresh] = of_item[fresh]
             missing &= absent
             used.append(item.id)
+    layers_2d = {"cloud": cloud, "overruled": overruled, "missing": missing}
+    if sensor.saturated_at is not None:
+        layers_2d["saturated"] = over
     return xr.Dataset(
-        {
-            "reflectance": (("band", "y", "x"), reflectance),
-            "cloud": (("y", "x"), cloud),
-            "missing": (("y", "x"), missing),
-        },
+        {"reflectance": (("band", "y", "x"), reflectance), **{n: (("y", "x"), v) for n, v in layers_2d.items()}},
         coords={"band": names},
         attrs={"scene_ids": "+".join(used)},
     )
@@ -206,8 +212,7 @@ def _asked(
     if threads == 1:
         yield list(bands), []
         return
-    named = {sensor.scene_classification, sensor.cloud_probability} - {None}
-    files = [asset for name in sorted(map(str, named)) if (asset := item.assets.get(name)) is not None]
+    files = [asset for name in mask_assets(sensor) if (asset := item.assets.get(name)) is not None]
     pool = executor("files", threads)
     futures = [submit(pool, band) for band in bands]
     masks = [submit(pool, _onto, asset, sensor, geobox, Resampling.nearest, False) for asset in files]
@@ -236,41 +241,26 @@ def _reflectance(item: pystac.Item, sensor: SensorSettings, band: str, geobox: G
     return out
 
 
-def reflectance_scale(item: pystac.Item, asset: pystac.Asset, sensor: SensorSettings) -> tuple[float, float]:
-    """Scale and offset from digital number to reflectance: the settings' numbers, or the item's metadata.
+def _cloud(
+    item: pystac.Item, sensor: SensorSettings, geobox: GeoBox, known: Mapping[str, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cloud and what snow overruled (``masks.cloud_of_item``); ``known`` are bands that were read already."""
 
-    A catalog that has applied the Sentinel-2 offset of processing baseline 04.00 already (Earth Search says so in
-    ``earthsearch:boa_offset_applied``) has offset 0.
+    def mask(asset: pystac.Asset, interpolate: bool, without_nodata: bool) -> np.ndarray:
+        how = Resampling.bilinear if interpolate else Resampling.nearest
+        return _onto(asset, sensor, geobox, how, mask=without_nodata)
 
-    Raises
-    ------
-    SceneError
-        if neither says it. It is never guessed.
-    """
-    stated = band_metadata(asset, _band_index(asset))
-    if item.properties.get("earthsearch:boa_offset_applied"):
-        stated["offset"] = 0.0
-    out = []
-    for key, wish in (("scale", sensor.scale), ("offset", sensor.offset)):
-        value = stated.get(key) if wish == "metadata" else wish
-        if value is None:
-            raise SceneError(
-                f"item {item.id}: its metadata do not say the {key} of asset {asset.title or asset.href!r}; "
-                f"set imagery.sensor.{key} to a number if you know it"
-            )
-        out.append(float(value))
-    return out[0], out[1]
+    def band(name: str) -> np.ndarray:
+        return known[name] if name in known else _reflectance(item, sensor, name, geobox)
+
+    return cloud_of_item(item, sensor, (geobox.shape[0], geobox.shape[1]), mask, band)
 
 
-def _cloud(item: pystac.Item, sensor: SensorSettings, geobox: GeoBox) -> np.ndarray:
-    cloud = np.zeros(geobox.shape, dtype=bool)
-    if sensor.scene_classification:
-        classes = _onto(asset_of(item, sensor.scene_classification), sensor, geobox, Resampling.nearest)
-        cloud |= np.isin(classes, sensor.cloud_classes)
-    if sensor.cloud_probability:
-        percent = _onto(asset_of(item, sensor.cloud_probability), sensor, geobox, Resampling.bilinear, mask=False)
-        cloud |= percent >= sensor.cloud_probability_min
-    return cloud
+def _saturated(item: pystac.Item, sensor: SensorSettings, names: Sequence[str], values: np.ndarray) -> np.ndarray:
+    if sensor.saturated_at is None:  # not looked for
+        return np.zeros(values.shape[1:], dtype=bool)
+    scales = [reflectance_scale(item, asset_of(item, sensor.bands[name]), sensor) for name in names]
+    return saturated(values, [sensor.saturated_at * scale + offset for scale, offset in scales])
 
 
 def _onto(
@@ -282,7 +272,7 @@ def _onto(
     are averaged; of classes the commonest is taken.
     """
     href = asset.get_absolute_href() or asset.href
-    band = _band_index(asset)
+    band = band_index(asset)
     stated = band_metadata(asset, band).get("nodata", sensor.nodata) if mask else None
     return read(href, functools.partial(_window, href, band, mask, stated, geobox, resampling))
 
@@ -385,7 +375,3 @@ def _copy(source: Any, band: int, window: rasterio.windows.Window, nodata: float
     if nodata is not None:
         inside[values == nodata] = np.nan
     return out
-
-
-def _band_index(asset: pystac.Asset) -> int:
-    return int(asset.extra_fields.get("band_index", 1))

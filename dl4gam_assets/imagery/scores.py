@@ -13,7 +13,7 @@ import xarray as xr
 
 from dl4gam_assets.settings import SelectionSettings
 
-#: Broadband albedo of Sentinel-2 from blue, green and red (Wang et al. 2016, doi:10.3390/rs8030217).
+#: Broadband albedo of Sentinel-2 from blue, green and red (Wang et al. 2016, as used by Diaconu et al. 2025).
 ALBEDO = {"blue": 0.5621, "green": 0.1479, "red": 0.2512}
 ALBEDO_OFFSET = 0.0015
 
@@ -27,6 +27,9 @@ def score_image(
     - ``cloud_share``: cloudy **or missing** share of ``near``; shadow counts as cloud where it is looked for (below).
     - ``ndsi``: mean (green - SWIR) / (green + SWIR) over clean pixels of ``near`` that are no glacier: seasonal snow.
     - ``albedo``: mean broadband albedo over clean pixels of ``near``.
+    - ``snow_overruled_share``, ``shadow_share``, ``saturated_share``: share of ``near`` where snow overruled a cloud
+      mask, that counts as cloud because it is dark, that is saturated in a band; None where that is not looked for.
+      They are for people: no ranking uses them.
     A score that rests on fewer than ``settings.min_clean_pixels`` pixels is None.
 
     Without a SWIR band, or without clean ice-free pixels, there is no NDSI: ``snow_score`` then names the fallback that
@@ -45,8 +48,10 @@ def score_image(
     """
     missing, cloud = image["missing"].to_numpy(), image["cloud"].to_numpy()
     values = dict(zip(map(str, image["band"].to_numpy()), image["reflectance"].to_numpy(), strict=True))
+    dark = None
     if settings.shadow_nir_max is not None:
-        cloud = cloud | shadow(values["blue"], values["nir"], settings)
+        dark = shadow(values["blue"], values["nir"], settings)
+        cloud = cloud | dark
     clean = near & ~missing & ~cloud
     out: dict[str, Any] = {
         "coverage": float((~missing)[region].mean()) if region.any() else 0.0,
@@ -55,6 +60,9 @@ def score_image(
         "ndsi_pixels": 0,
         "albedo": None,
         "albedo_pixels": int(clean.sum()),
+        "snow_overruled_share": _share(image["overruled"].to_numpy(), near) if "overruled" in image else None,
+        "shadow_share": _share(dark, near) if dark is not None else None,
+        "saturated_share": _share(image["saturated"].to_numpy(), near) if "saturated" in image else None,
     }
     surroundings = clean & ~glaciers
     if {"green", "swir16"} <= set(values):
@@ -73,6 +81,10 @@ def score_image(
         out["albedo"] = float(np.mean(albedo, dtype=np.float64))
     out["snow_score"] = "ndsi" if out["ndsi"] is not None else ("albedo" if physical else "brightness")
     return out
+
+
+def _share(mask: np.ndarray, where: np.ndarray) -> float:
+    return float(mask[where].mean()) if where.any() else 0.0
 
 
 def shadow(blue: np.ndarray, nir: np.ndarray, settings: SelectionSettings) -> np.ndarray:

@@ -39,6 +39,7 @@ import rasterio.errors
 from rasterio._err import CPLE_BaseError  # what a warp of a damaged file raises; rasterio.errors does not export it
 
 from dl4gam_assets.imagery.catalogs import local_path
+from dl4gam_assets.imagery.signing import signed
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -204,7 +205,7 @@ def closing_files() -> Iterator[None]:
 
 def _open(href: str) -> Any:
     with _MUTTERINGS.refused():
-        source = rasterio.open(href)
+        source = rasterio.open(signed(href))
     if source.crs is None:
         source.close()
         raise SceneError(f"scene file {href} has no coordinate reference system")
@@ -406,7 +407,7 @@ def _ask(href: str, rules: ReadPolicy) -> _Answer:
         return _Answer("later", "")  # an object store by its own protocol: GDAL's message has to do
     try:
         timeout = (min(10.0, rules.stall_s), rules.stall_s)
-        with _session().get(href, headers={"Range": "bytes=0-0"}, timeout=timeout, stream=True) as answer:
+        with _session().get(signed(href), headers={"Range": "bytes=0-0"}, timeout=timeout, stream=True) as answer:
             status, reason = answer.status_code, answer.reason or ""
             if status in _TRANSIENT:
                 asked = answer.headers.get("Retry-After")
@@ -431,6 +432,7 @@ def _ask(href: str, rules: ReadPolicy) -> _Answer:
 def forget_remote(href: str) -> None:
     """Drop everything that GDAL remembers of a file on a network: sizes, absence, ranges."""
     with contextlib.suppress(Exception):
+        href = signed(href)
         path = rasterio._path._parse_path(href).as_vsi() if hasattr(rasterio, "_path") else f"/vsicurl/{href}"
         library = _gdal()
         if library is not None:

@@ -4,24 +4,36 @@ from __future__ import annotations
 
 import datetime as dt
 import functools
+import glob
+import hashlib
+import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from dl4gam_assets.settings import StacApi, StacFolder
+from dl4gam_assets.settings import Region, StacApi, StacFolder, StacGeoparquet, fingerprint
 from dl4gam_assets.stages.base import (
     Site,
     StageResult,
+    UpstreamError,
     Workspace,
     cached_table,
     file_fingerprint,
     folder_fingerprint,
     frame_fingerprint,
+    input_fingerprint,
     run_stage,
 )
+from dl4gam_assets.storage import safe_name
 from dl4gam_assets.tables import TABLES
+
+#: Searches that wait for a STAC API at the same time.
+SEARCHES_AT_ONCE = 4
+#: Glaciers within this many degrees of an outline are in its images: the margin is far smaller.
+_NEAR_DEG = 0.05
 
 
 @functools.lru_cache(maxsize=4)
@@ -32,8 +44,26 @@ def _catalog(site: Site, stamp: str) -> Any:
     return open_catalog(imagery.catalog, site.data_root, imagery.sensor)
 
 
-def catalog_of(site: Site, stamp: str = "") -> Any:
-    """The region's imagery catalog, opened once a process (and again when ``stamp`` changes)."""
+@functools.lru_cache(maxsize=4)
+def _index(site: Site, year: int, stamp: float) -> Any:
+    from dl4gam_assets.imagery import read_items
+
+    with site.storage.reading(_index_path(site, year)) as local:
+        return read_items(local)
+
+
+def _index_path(site: Site, year: int) -> Any:
+    return site.storage.path("items", f"{year}.jsonl")
+
+
+def catalog_of(site: Site, year: int, stamp: str = "") -> Any:
+    """The items that a year's glaciers may use, opened once a process (and again when ``stamp`` changes).
+
+    Of a STAC API it is the item index in the store, which one search for all glaciers wrote; the API is not asked.
+    """
+    path = _index_path(site, year)
+    if isinstance(site.region.imagery.catalog, StacApi) and path.exists():
+        return _index(site, year, path.stat().st_mtime)
     return _catalog(site, stamp)
 
 
@@ -48,25 +78,111 @@ def catalog_fingerprint(ws: Workspace, year: int) -> str:
         # The past does not change; a season that is not over may still get scenes.
         season_end = dt.date.fromisoformat(f"{year}-{ws.region.imagery.window[1]}") + dt.timedelta(days=30)
         open_season = dt.date.today() <= season_end
-        return f"{catalog.url} {dt.date.today()}" if open_season else catalog.url
+        identity = f"{catalog.url} {catalog.collections} {catalog.query}"
+        return f"{identity} {dt.date.today()}" if open_season else identity
+    if isinstance(catalog, StacGeoparquet):
+        pattern = str(ws.data_root / catalog.path)
+        files = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
+        return fingerprint([(f, Path(f).stat().st_size, Path(f).stat().st_mtime_ns) for f in files])
     return folder_fingerprint(ws.data_root / catalog.path, "*.tif")
 
 
-def candidates_of(site: Site, year: int, glacier_id: str, stamp: str) -> pd.DataFrame:
-    """Candidate rows of one glacier and year; runs in a worker process."""
-    from dl4gam_assets.imagery import candidates_of_glacier
+def search_items(ws: Workspace, year: int, glaciers: Any) -> dict[str, Any]:
+    """Search a STAC API once for many glaciers and keep what is found in the store (written whole, then renamed).
 
+    One search a cell of one degree and season, four at a time. Returns figures for the metadata.
+    """
+    from dl4gam_assets.imagery import assets_of, open_catalog, search_plan, search_window, write_items
+
+    imagery = ws.region.imagery
+    plan = search_plan(search_window(row, ws.region, year) for _, row in glaciers.iterrows())
+    catalog = open_catalog(imagery.catalog, ws.data_root, imagery.sensor)
+    items: dict[str, Any] = {}
+    start = last = time.monotonic()
+    with ThreadPoolExecutor(SEARCHES_AT_ONCE) as pool:
+        for done, found in enumerate(pool.map(lambda part: catalog.search(*part), plan), start=1):
+            items |= {item.id: item for item in found}
+            now = time.monotonic()
+            if now - last >= 10 or done == len(plan):
+                last = now
+                ws.logger.info(
+                    f"scene_candidates [{year}]: {done} of {len(plan)} searches, {len(items)} items"
+                    f" in {now - start:.0f} s"
+                )
+    with ws.storage.writing(_index_path(ws.site, year)) as temporary:
+        write_items(items.values(), assets_of(imagery), temporary)
+    return {"searches": len(plan), "items": len(items)}
+
+
+#: Settings of the choice that change no score: with others the scores on disk are used again.
+_NO_SCORES = {"coverage_min", "cloud_max", "ranking", "overrides"}
+
+
+def _score_settings(region: Region) -> dict[str, Any]:
+    out = region.imagery.model_dump(mode="json", exclude={"catalog", "preset", "window", "baseline"})
+    out["selection"] = {k: v for k, v in out["selection"].items() if k not in _NO_SCORES}
+    return out
+
+
+def candidates_of(
+    site: Site, year: int, glacier_id: str, stamp: str, again: bool = False
+) -> tuple[pd.DataFrame, int, bool]:
+    """Candidate rows of one glacier and year, from its file in the store if nothing behind them changed; runs in a
+    worker process.
+
+    Returns the rows, the bytes that were read, and whether they were there already. ``again`` scores in any case.
+    """
+    from dl4gam_assets.imagery import assets_of, candidates_of_glacier, item_checksums, items_of_glacier
+
+    region = site.region
     glaciers = cached_table(site, "glaciers")
     glacier = glaciers[glaciers["glacier_id"] == glacier_id].iloc[0]
     zones = cached_table(site, "zones")
-    return candidates_of_glacier(
-        glacier,
-        glaciers,
-        zones[zones["glacier_id"] == glacier_id],
-        catalog_of(site, stamp),
-        site.region,
-        year,
+    zones = zones[zones["glacier_id"] == glacier_id]
+    catalog = catalog_of(site, year, stamp)
+    items = items_of_glacier(glacier, catalog, region, year)
+    names = assets_of(region.imagery)
+    near = glaciers.iloc[glaciers.sindex.query(glacier["geometry"].buffer(_NEAR_DEG), predicate="intersects")]
+    key = input_fingerprint(
+        {
+            "items": {i: item_checksums(item, names) for i, item in sorted(items.items())},
+            "outlines": _shapes_hash(pd.concat([near.geometry, zones.geometry])),
+            "settings": _score_settings(region),
+        }
     )
+    path = site.storage.path("candidates", f"year={year}", f"{safe_name(glacier_id)}.parquet")
+    stored = None if again else _stored_rows(site, path, key)
+    if stored is not None:
+        return TABLES["candidates"].conform(stored.assign(year=year)).drop(columns="year"), 0, True
+    frame = candidates_of_glacier(glacier, glaciers, zones, catalog, region, year, items)
+    # A server that was silent now may answer later: such rows are not kept, so that the next run asks again.
+    if len(frame) and not frame.attrs.get("unreachable"):
+        with site.storage.writing(path) as temporary:
+            frame.assign(key=key).to_parquet(temporary, index=False)
+    if frame.attrs.get("unreachable") == len(frame) and len(frame):
+        raise UpstreamError(f"no scene could be reached: {frame['reason'].iloc[0]}")
+    return frame, int(frame.attrs.get("bytes_read", 0)), False
+
+
+def _stored_rows(site: Site, path: Any, key: str) -> pd.DataFrame | None:
+    """Rows that were scored from the same inputs; None where there are none, or the file is damaged."""
+    if not path.exists():
+        return None
+    try:
+        with site.storage.reading(path) as local:
+            stored = pd.read_parquet(local)
+    except (OSError, ValueError):  # ValueError: no Parquet file any more
+        return None
+    return stored.drop(columns="key") if len(stored) and (stored["key"] == key).all() else None
+
+
+def _shapes_hash(shapes: Any) -> str:
+    import shapely
+
+    digest = hashlib.sha256()
+    for blob in sorted(shapely.to_wkb(shapes.to_numpy())):
+        digest.update(blob)
+    return digest.hexdigest()[:16]
 
 
 def scene_candidates(ws: Workspace, year: int, *, force: bool = False) -> StageResult:
@@ -76,11 +192,25 @@ def scene_candidates(ws: Workspace, year: int, *, force: bool = False) -> StageR
 
     def work() -> tuple[str, dict[str, Any], dict[str, bytes]]:
         glaciers = ws.storage.read_table("glaciers")
-        ids = glaciers.loc[glaciers["modelled"].astype(bool), "glacier_id"].tolist()
-        frames, failures = ws.over_glaciers(
-            "scene_candidates", label, candidates_of, [(g, (ws.site, year, g, catalog)) for g in ids]
+        glaciers = glaciers[glaciers["modelled"].astype(bool)]
+        ids = glaciers["glacier_id"].tolist()
+        found_items: dict[str, Any] = {}
+        if isinstance(ws.region.imagery.catalog, StacApi):
+            found_items = search_items(ws, year, glaciers)
+        start = time.perf_counter()
+        values, failures = ws.over_glaciers(
+            "scene_candidates", label, candidates_of, [(g, (ws.site, year, g, catalog, force)) for g in ids]
         )
-        found = [f for f in frames.values() if len(f)]
+        seconds = max(time.perf_counter() - start, 1e-6)
+        silent = [
+            (g, f"{n} of {len(rows)} scenes could not be reached: run again to score them", "Unreachable")
+            for g, (rows, _, _) in values.items()
+            if (n := rows.attrs.get("unreachable", 0))
+        ]
+        if silent:  # the partition is not complete, so the next run asks the server again
+            known = [(r.glacier_id, r.error, r.kind) for r in failures.itertuples()]
+            failures = ws.write_failures("scene_candidates", label, known + silent)
+        found = [frame for frame, _, _ in values.values() if len(frame)]
         frame = pd.concat(found, ignore_index=True) if found else TABLES["candidates"].empty()
         frame["year"] = year
         frame = frame[[c.name for c in TABLES["candidates"].columns if c.name in frame]]
@@ -90,8 +220,12 @@ def scene_candidates(ws: Workspace, year: int, *, force: bool = False) -> StageR
             "dates": int(frame["date"].nunique()),
             "glaciers_with_candidates": int(frame["glacier_id"].nunique()),
             "glaciers": len(ids),
+            "scored_now": sum(not stored for _, _, stored in values.values()),
             "failed_glaciers": len(failures),
             "median_cloud_share": _median(frame["cloud_share"]),
+            "megabytes_read": sum(read for _, read, _ in values.values()) / 1e6,
+            "glaciers_per_minute": 60.0 * len(values) / seconds,
+            **found_items,
         }
         return frame_fingerprint(frame), metadata, {}
 
@@ -99,7 +233,8 @@ def scene_candidates(ws: Workspace, year: int, *, force: bool = False) -> StageR
         "glaciers": ws.upstream("inventory_outlines"),
         "zones": ws.upstream("glacier_zones"),
         "catalog": catalog,
-        "settings": ws.region.imagery.model_dump(mode="json"),
+        "settings": _score_settings(ws.region),
+        "search": ws.region.imagery.model_dump(mode="json", include={"window", "baseline"}),
         "years": ws.region.years.baseline == year,
     }
     return run_stage(ws, "scene_candidates", label, inputs, work, force=force)

@@ -47,7 +47,7 @@ def test_rank_positions_against_counting(rows: list[tuple[float, float, float]])
     def position(column: int, i: int) -> int:
         return sum(round(other[column], 2) < round(rows[i][column], 2) for other in rows)
 
-    keys = [((position(0, i) + position(1, i)) / 2, rows[i][2], i) for i in range(len(rows))]
+    keys = [((position(0, i) + position(1, i)) / 2, rows[i][2], rows[i][0], rows[i][1], i) for i in range(len(rows))]
     expected = [sorted(keys).index(key) + 1 for key in keys]
     assert ranked["rank"].tolist() == expected
 

@@ -1,0 +1,264 @@
+"""Presets against spec-conformant answers, replayed by a real HTTP server on this machine.
+
+The answers are not recordings: they are written here after published items of each catalog (their asset names, raster
+extension, properties), with one item of each kind that matters for scale and offset.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pystac
+import pytest
+
+from dl4gam_assets.imagery import CatalogError, SceneError, open_catalog
+from dl4gam_assets.imagery.scaling import band_metadata, reflectance_scale
+from dl4gam_assets.imagery.signing import PLANETARY_COMPUTER_HOSTS, signed
+from dl4gam_assets.settings import ImagerySettings, SettingsError, StacApi, TerrainSettings, parse_region, presets
+
+BOX = [7.9, 46.4, 8.1, 46.6]
+RASTER = {"nodata": 0, "data_type": "uint16", "spatial_resolution": 10, "scale": 0.0001, "offset": -0.1}
+LANDSAT = {"nodata": 0, "data_type": "uint16", "spatial_resolution": 30, "scale": 2.75e-05, "offset": -0.2}
+
+
+def feature(name: str, properties: dict[str, Any], assets: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    west, south, east, north = 7.6, 46.0, 9.0, 47.0
+    ring = [[west, south], [east, south], [east, north], [west, north], [west, south]]
+    return {
+        "type": "Feature", "stac_version": "1.0.0", "id": name, "stac_extensions": [], "links": [],
+        "collection": "c", "bbox": [west, south, east, north],
+        "geometry": {"type": "Polygon", "coordinates": [ring]},
+        "properties": {"datetime": "2023-09-04T10:27:33.000Z", "eo:cloud_cover": 3.1, **properties},
+        "assets": assets,
+    }  # fmt: skip
+
+
+def _bands(names: list[str], host: str, **fields: Any) -> dict[str, dict[str, Any]]:
+    return {n: {"href": f"{host}/{n}.tif", "type": "image/tiff; application=geotiff", **fields} for n in names}
+
+
+L2A = ["blue", "green", "red", "nir", "swir16", "scl"]
+C1 = _bands(["blue", "green", "red", "nir", "swir16"], "https://e84.example/c1", **{"raster:bands": [RASTER]}) | _bands(
+    ["scl", "cloud", "snow"], "https://e84.example/c1"
+)
+ANSWERS: dict[str, list[dict[str, Any]]] = {
+    "earth-search-sentinel-2-c1-l2a": [
+        feature("S2A_T32TMS_20230904T103633_L2A", {"s2:processing_baseline": "05.09", "grid:code": "MGRS-32TMS"}, C1)
+    ],
+    "earth-search-sentinel-2-l2a": [
+        feature(
+            "S2A_32TMS_20230904_0_L2A",
+            {"s2:processing_baseline": "05.09", "earthsearch:boa_offset_applied": True, "grid:code": "MGRS-32TMS"},
+            _bands(L2A, "https://s3.example", **{"raster:bands": [RASTER]}),
+        ),
+        feature(
+            "S2B_32TMS_20220601_1_L2A",
+            {"s2:processing_baseline": "04.00", "earthsearch:boa_offset_applied": False, "grid:code": "MGRS-32TMS"},
+            _bands(L2A, "https://s3.example", **{"raster:bands": [RASTER]}),
+        ),
+    ],
+    "planetary-computer-sentinel-2-l2a": [
+        feature(
+            f"S2{baseline}", {"s2:processing_baseline": baseline, "s2:mgrs_tile": "32TMS"} if baseline else {},
+            _bands(["B02", "B03", "B04", "B08", "B11", "SCL"], "https://sentinel2l2a01.blob.core.windows.net/s2"),
+        )
+        for baseline in ("02.12", "04.00", "05.10", "")
+    ],
+    "planetary-computer-landsat-c2-l2": [
+        feature(
+            "LC08_L2SP_195028_20230904_02_T1", {"platform": "landsat-8", "landsat:wrs_path": "195"},
+            _bands(["blue", "green", "red", "nir08", "swir16"], "https://landsateuwest.blob.core.windows.net/l",
+                   **{"raster:bands": [LANDSAT]})
+            | _bands(["qa_pixel"], "https://landsateuwest.blob.core.windows.net/l"),
+        )
+    ],
+}  # fmt: skip
+EXPECTED: dict[str, dict[str, tuple[float, float]]] = {
+    "earth-search-sentinel-2-c1-l2a": {"S2A_T32TMS_20230904T103633_L2A": (1e-4, -0.1)},
+    "earth-search-sentinel-2-l2a": {
+        "S2A_32TMS_20230904_0_L2A": (1e-4, 0.0), "S2B_32TMS_20220601_1_L2A": (1e-4, -0.1),
+    },
+    "planetary-computer-sentinel-2-l2a": {"S202.12": (1e-4, 0.0), "S204.00": (1e-4, -0.1), "S205.10": (1e-4, -0.1)},
+    "planetary-computer-landsat-c2-l2": {"LC08_L2SP_195028_20230904_02_T1": (2.75e-5, -0.2)},
+}  # fmt: skip
+
+
+class Replay(ThreadingHTTPServer):
+    """Answers every search with the same items and keeps what was asked."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.features: list[dict[str, Any]] = []
+        self.asked: list[dict[str, Any]] = []
+        self.next_pages = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Replay
+
+    def log_message(self, *_: Any) -> None:
+        """Quiet."""
+
+    def _send(self, content: dict[str, Any]) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        conforms = [f"https://api.stacspec.org/v1.0.0/{c}" for c in ("core", "item-search", "item-search#query")]
+        link = {"rel": "search", "href": f"{self.server.url}/search", "type": "application/geo+json", "method": "POST"}
+        self._send({"type": "Catalog", "id": "api", "description": "x", "stac_version": "1.0.0",
+                    "conformsTo": conforms, "links": [link]})  # fmt: skip
+
+    def do_POST(self) -> None:
+        self.server.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        page: dict[str, Any] = {"type": "FeatureCollection", "features": self.server.features, "links": []}
+        if self.server.next_pages:
+            self.server.next_pages -= 1
+            page["links"] = [{"rel": "next", "href": f"{self.server.url}/search", "method": "POST", "merge": True,
+                              "body": {"token": str(len(self.server.asked))}}]  # fmt: skip
+        self._send(page)
+
+
+@pytest.fixture
+def replay() -> Iterator[Replay]:
+    server = Replay()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def imagery_of(preset: str, **more: Any) -> ImagerySettings:
+    return ImagerySettings.model_validate({"preset": preset, **more})
+
+
+@pytest.mark.parametrize("preset", sorted(presets()["imagery"]))
+def test_requests_and_scales_of_each_preset(preset: str, replay: Replay) -> None:
+    replay.features = json.loads(json.dumps(ANSWERS[preset]))
+    imagery = imagery_of(preset, catalog={"url": replay.url})
+    catalog = open_catalog(imagery.catalog, Path(), imagery.sensor)
+    found = {i.id: i for i in catalog.search(BOX, dt.date(2023, 8, 1), dt.date(2023, 10, 15))}
+    (asked,) = replay.asked
+    assert isinstance(imagery.catalog, StacApi)
+    assert asked["collections"] == presets()["imagery"][preset]["catalog"]["collections"]
+    assert asked["bbox"] == BOX and asked["limit"] == 100
+    assert asked["datetime"] == "2023-07-31T00:00:00Z/2023-10-16T23:59:59Z"
+    assert asked["query"]["eo:cloud_cover"] == {"lt": 90}
+    for item_id, wanted in EXPECTED[preset].items():
+        item = found[item_id]
+        for band, asset in imagery.sensor.bands.items():
+            scale = reflectance_scale(item, item.assets[asset], imagery.sensor)
+            assert scale == pytest.approx(wanted), (item_id, band)
+        masks = (imagery.sensor.scene_classification, imagery.sensor.cloud_probability, imagery.sensor.qa_pixel)
+        assert any(masks) and all(name in item.assets for name in masks if name)
+        assert band_metadata(item.assets["blue"]).get("nodata", 0) == 0 if "blue" in item.assets else True
+
+
+def test_a_scene_without_a_stated_scale_is_refused_never_guessed(replay: Replay) -> None:
+    imagery = imagery_of("planetary-computer-sentinel-2-l2a", catalog={"url": replay.url})
+    unknown = pystac.Item.from_dict(json.loads(json.dumps(ANSWERS["planetary-computer-sentinel-2-l2a"][3])))
+    with pytest.raises(SceneError, match=r"item S2 does not state its processing baseline"):
+        reflectance_scale(unknown, unknown.assets["B04"], imagery.sensor)
+    c1 = imagery_of("earth-search-sentinel-2-c1-l2a")
+    bare = pystac.Item.from_dict(json.loads(json.dumps(ANSWERS["earth-search-sentinel-2-c1-l2a"][0])))
+    del bare.assets["red"].extra_fields["raster:bands"]
+    with pytest.raises(SceneError, match="do not say the scale of asset"):
+        reflectance_scale(bare, bare.assets["red"], c1.sensor)
+
+
+def test_keys_beside_a_preset_override_it_and_wrong_names_are_explained() -> None:
+    imagery = imagery_of(
+        "planetary-computer-landsat-c2-l2", sensor={"pixel_m": 15, "bands": {"red": "red", "nir": "nir08"}},
+        catalog={"query": {"platform": {"eq": "landsat-9"}}}, window=["07-15", "09-30"],
+    )  # fmt: skip
+    assert imagery.sensor.pixel_m == 15 and imagery.sensor.bands == {"red": "red", "nir": "nir08"}
+    assert imagery.sensor.qa_pixel == "qa_pixel" and imagery.window == ("07-15", "09-30")
+    assert isinstance(imagery.catalog, StacApi)
+    assert imagery.catalog.query["platform"] == {"eq": "landsat-9"} and "eo:cloud_cover" in imagery.catalog.query
+    local = imagery_of("earth-search-sentinel-2-l2a", catalog={"kind": "stac-folder", "path": "mirror/catalog.json"})
+    assert local.catalog.kind == "stac-folder" and local.sensor.scene_classification == "scl"
+    with pytest.raises(SettingsError, match=r"there is no preset .*mean 'earth-search-sentinel-2-l2a'"):
+        parse_region(
+            {"name": "x", "years": {"first": 2020, "baseline": 2020}, "inventory": {"path": "a"},
+             "imagery": {"preset": "earth-search-sentinel2-l2a"}}
+        )  # fmt: skip
+
+
+def test_dem_presets_are_catalogs_with_addresses_that_need_no_account(replay: Replay) -> None:
+    wish = {"preset": "earth-search-cop-dem-glo-30", "url": replay.url}
+    terrain = TerrainSettings.model_validate({"dem_catalog": wish})
+    replay.features = [
+        feature(
+            "Copernicus_DSM_COG_10_N46_00_E007_00_DEM", {"datetime": "2021-04-22T00:00:00Z", "gsd": 30},
+            {"data": {"href": "s3://copernicus-dem-30m/Copernicus_DSM_COG_10_N46_00_E007_00_DEM/x_DEM.tif"}},
+        )
+    ]  # fmt: skip
+    assert isinstance(terrain.dem_catalog, StacApi)
+    (item,) = open_catalog(terrain.dem_catalog, Path(), imagery_of("earth-search-sentinel-2-l2a").sensor).search(
+        BOX, dt.date(1990, 1, 1), dt.date(2100, 1, 1)
+    )
+    assert item.assets["data"].href.startswith("https://copernicus-dem-30m.s3.eu-central-1.amazonaws.com/Copernicus_DSM")
+    assert terrain.has_dem
+
+
+def test_a_catalog_that_pages_for_ever_is_stopped(replay: Replay) -> None:
+    replay.features = json.loads(json.dumps(ANSWERS["earth-search-sentinel-2-l2a"]))
+    replay.next_pages = 1000
+    imagery = imagery_of("earth-search-sentinel-2-l2a", catalog={"url": replay.url})
+    catalog = open_catalog(imagery.catalog, Path(), imagery.sensor)
+    with pytest.raises(CatalogError, match="the same page of items again and again"):
+        catalog.search(BOX, dt.date(2023, 8, 1), dt.date(2023, 10, 15))
+    assert len(replay.asked) == 2
+    few = imagery_of("earth-search-sentinel-2-l2a", catalog={"url": replay.url, "max_items": 1})
+    with pytest.raises(CatalogError, match="more than 1 items: narrow"):
+        open_catalog(few.catalog, Path(), few.sensor).search(BOX, dt.date(2023, 8, 1), dt.date(2023, 10, 15))
+
+
+def test_a_box_over_the_antimeridian_is_asked_for_in_two_parts(replay: Replay) -> None:
+    imagery = imagery_of("earth-search-sentinel-2-l2a", catalog={"url": replay.url})
+    open_catalog(imagery.catalog, Path(), imagery.sensor).search(
+        [179.5, -20, -179.5, -19], dt.date(2023, 8, 1), dt.date(2023, 8, 2)
+    )
+    assert [a["bbox"] for a in replay.asked] == [[179.5, -20, 180.0, -19], [-180.0, -20, -179.5, -19]]
+
+
+def test_what_a_lying_catalog_gives_from_elsewhere_is_left_out(replay: Replay) -> None:
+    here, there, later, broken = (json.loads(json.dumps(ANSWERS["earth-search-sentinel-2-l2a"][0])) for _ in range(4))
+    there |= {"id": "there", "bbox": [20, 46, 21, 47], "geometry": None}
+    later["id"], later["properties"]["datetime"] = "later", "2024-09-04T10:27:33.000Z"
+    broken |= {"id": "broken", "geometry": None, "bbox": None}
+    older = json.loads(json.dumps(here)) | {"assets": {}}
+    older["properties"]["s2:processing_baseline"] = "03.00"
+    replay.features = [older, here, there, later, broken]
+    imagery = imagery_of("earth-search-sentinel-2-l2a", catalog={"url": replay.url})
+    found = open_catalog(imagery.catalog, Path(), imagery.sensor).search(
+        BOX, dt.date(2023, 8, 1), dt.date(2023, 10, 15)
+    )
+    assert [i.id for i in found] == [here["id"]]
+    assert set(found[0].assets) == set(here["assets"])  # of two versions of an item the newest processing
+
+
+def test_addresses_are_signed_only_for_the_hosts_that_want_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = "https://sentinel-cogs.s3.us-west-2.amazonaws.com/a/B04.tif"
+    assert signed(plain) == plain and signed("/data/x.tif") == "/data/x.tif"
+    host = sorted(PLANETARY_COMPUTER_HOSTS)[0]
+    assert signed(f"https://{host}/c/x.tif?se=1&sig=abc") == f"https://{host}/c/x.tif?se=1&sig=abc"
+    monkeypatch.setitem(__import__("sys").modules, "planetary_computer", None)
+    with pytest.raises(CatalogError, match=r"pip install 'dl4gam_assets\[planetary-computer\]'"):
+        signed(f"https://{host}/c/x.tif")
