@@ -83,6 +83,82 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 
 @app.command()
+def new(
+    file: Annotated[Path, typer.Argument(help="Region file to write, such as my_region.yaml.")],
+    inventory: Annotated[Path, typer.Option(help="Glacier outlines: any vector file that GDAL reads, or GeoParquet.")],
+    layer: Annotated[str | None, typer.Option(help="Layer of the file.")] = None,
+    id_column: Annotated[str | None, typer.Option(help="Column of the glacier ids; guessed by default.")] = None,
+    preset: Annotated[
+        str, typer.Option(help="Imagery: a preset of docs/catalogs.md.")
+    ] = "earth-search-sentinel-2-c1-l2a",
+    first: Annotated[int, typer.Option(help="First year.")] = 2016,
+    last: Annotated[int | None, typer.Option(help="Last year; the present one by default.")] = None,
+    baseline: Annotated[
+        int | None, typer.Option(help="Baseline year: that of the inventory; the first by default.")
+    ] = None,
+) -> None:
+    """Write a region file for your inventory, after reading the inventory as the platform will.
+
+    It says how many glaciers it understood and which outlines it must leave out, before any image is read.
+    """
+    import pyogrio
+
+    from dl4gam_assets.settings import InventoryColumns, InventorySettings
+    from dl4gam_assets.starter import guess_columns, starter_region, summarize_inventory
+
+    if file.exists():
+        raise _stop(f"{file} exists already")
+    if not inventory.is_file():
+        raise _stop(f"there is no inventory {inventory}")
+    try:
+        if inventory.suffix in {".parquet", ".geoparquet"}:
+            import pyarrow.parquet
+
+            names = pyarrow.parquet.read_schema(inventory).names
+        else:
+            names = list(pyogrio.read_info(inventory, layer=layer)["fields"])
+    except Exception as error:
+        raise _stop(_escape(f"{inventory} can not be read as vector data: {error}")) from error
+    columns = guess_columns(names)
+    columns["glacier_id"] = id_column or columns["glacier_id"]
+    if columns["glacier_id"] is None:
+        raise _stop(f"no column looks like a glacier id; name it with --id-column ({', '.join(names)})")
+    try:
+        known = InventoryColumns.model_validate(columns)
+        found = summarize_inventory(inventory, InventorySettings(path=str(inventory), layer=layer, columns=known))
+        text = starter_region(
+            file.stem,
+            inventory,
+            columns,
+            layer=layer,
+            preset=preset,
+            first=first,
+            last=last,
+            baseline=baseline or first,
+        )
+    except SettingsError as error:
+        raise _stop(_escape(str(error))) from error
+    with Storage(file.absolute().parent).writing(file.absolute()) as temporary:  # type: ignore[arg-type]
+        Path(str(temporary)).write_text(text, encoding="utf-8")
+    dates = (
+        f"{found.with_date} with a date ({found.first_date} to {found.last_date})" if found.with_date else "no dates"
+    )
+    console.print(
+        f"{found.glaciers} glaciers, {found.area_km2:.1f} km2, {dates}, {found.utm_zones} UTM zones; "
+        f"{found.modelled} of at least 0.1 km2 ({found.modelled_km2:.1f} km2) will be mapped.", highlight=False,
+    )  # fmt: skip
+    for row in found.rejected.head(5).itertuples():
+        console.print(f"  left out: {row.glacier_id}: {row.error}", highlight=False, markup=False)
+    if len(found.rejected) > 5:
+        console.print(f"  ... and {len(found.rejected) - 5} more (table failures)")
+    console.print(f"columns: {', '.join(f'{k} = {v}' for k, v in columns.items() if v)}", highlight=False, markup=False)
+    console.print(
+        f"Wrote {file}. Next: dl4gam materialize --region {file} --only inventory_outlines --only debris_outlines "
+        "--only glacier_zones --only cross_validation_folds", highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+@app.command()
 def regions() -> None:
     """List the packaged regions."""
     table = RichTable("region", "title", "years", "folds x members", "imagery")

@@ -682,8 +682,8 @@ def _preset(kind: str, name: str) -> dict[str, Any]:
     known = presets()[kind]
     if name not in known:
         near = _nearest(name, known)
-        hint = f"; did you mean {near!r}?" if near else ""
-        raise ValueError(f"there is no preset {name!r}{hint} Known: {', '.join(sorted(known))}")
+        hint = f"; did you mean {near!r}?" if near else f"; there are {', '.join(sorted(known))}"
+        raise ValueError(f"there is no preset {name!r}{hint}")
     return known[name]
 
 

@@ -98,7 +98,7 @@ def area_trends(ws: Workspace, *, force: bool = False) -> StageResult:
         trends = trends_of(ws.storage.read_table("areas"), ws.region.change)
         ws.storage.write_table("trends", trends)
         least = ws.region.change.trend_min_years
-        metadata = {
+        metadata: dict[str, Any] = {
             "glaciers": len(trends),
             "median_years": float(trends["n_years"].median()) if len(trends) else None,
             "median_trend_pct_per_year": float(trends["theil_sen_pct_per_year"].median()) if len(trends) else None,
