@@ -19,8 +19,8 @@ NOVEMBER = "0 6 15 11 *"
 _CARRIED = frozenset(
     {
         "selected_scenes", "elevation_change", "glacier_cubes", "glacier_predictions", "interval_taus", "glacier_areas",
-        "glacier_outlines", "baseline_areas", "area_change", "regional_change", "area_trends", "results_database", "report",
-        "stac_catalog", "evaluation", "ensemble", "calibration",
+        "glacier_outlines", "baseline_areas", "area_change", "regional_change", "area_trends", "results_database",
+        "report", "stac_catalog", "evaluation", "ensemble", "calibration",
     }
 )  # fmt: skip
 
@@ -44,7 +44,10 @@ JOBS: dict[str, tuple[str, tuple[str, ...]]] = {
         "Outlines and change of a year, by glacier and region.",
         ("glacier_outlines", "area_change", "regional_change"),
     ),
-    "rebuild_results": ("Trends over all years, and results.duckdb from the tables.", ("area_trends", "results_database")),
+    "rebuild_results": (
+        "Trends over all years, and results.duckdb from the tables.",
+        ("area_trends", "results_database"),
+    ),
     "write_year_report": ("Report and STAC catalog of a year.", ("report", "stac_catalog")),
 }
 

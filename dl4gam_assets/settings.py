@@ -82,7 +82,7 @@ class InventorySettings(_Strict):
     layer: str | None = None
     prepare: Literal["sgi2016"] | None = Field(
         None,
-        description="sgi2016: `path` is the folder of the raw files of the Swiss Glacier Inventory 2016; the glaciers are "
+        description="sgi2016: `path` is the folder of the raw files of the Swiss Glacier Inventory 2016; glaciers are "
         "made from them (ice bodies cut at the divides) before reading.",
     )
     source: str = Field("", description="Citation of the inventory; goes into the lineage and the report.")
@@ -207,8 +207,8 @@ class SensorSettings(_Strict):
     scale: float | Literal["metadata"] = Field("metadata", description="DN to reflectance; 'metadata' reads the item.")
     offset: float | Literal["metadata", "sentinel-2-baseline"] = Field(
         "metadata",
-        description="Added after scaling. 'metadata' reads the item; 'sentinel-2-baseline': -1000 x scale from processing "
-        "baseline 04.00 on, for catalogs of original digital numbers without metadata.",
+        description="Added after scaling. 'metadata' reads the item; 'sentinel-2-baseline': -1000 x scale from "
+        "processing baseline 04.00 on, for catalogs of original digital numbers without metadata.",
     )
     nodata: float | None = Field(None, description="DN that means no data where the files do not say.")
     pixel_m: float = Field(10.0, gt=0, description="Pixel size of the glacier cubes in metres.")
@@ -336,8 +336,8 @@ class ElevationChangePeriod(_Strict):
     """dh/dt of one period: a mosaic, or tiles."""
 
     path: str | list[str] = Field(
-        description="File, folder of tiles, glob pattern, or address with {lat} and {lon} (N46, E007: lower left corner "
-        "of a tile of 1 x 1 degree); {start} and {end} are the period's years. Of Hugonnet's tiles in a folder only "
+        description="File, folder of tiles, glob pattern, or address with {lat} and {lon} (N46, E007: lower left "
+        "corner of a tile of 1 x 1 degree); {start} and {end} are the period's years. Of Hugonnet's tiles in a folder only "
         "those of the period are taken."
     )
     start: int = Field(description="First year of the period (e.g. 2010).")
@@ -350,8 +350,8 @@ class ElevationChangePeriod(_Strict):
 class TerrainSettings(_Strict):
     dem: list[str] = Field(
         [],
-        description="DEM files, folders of tiles, glob patterns, or addresses with {lat} and {lon} (N46, E007: lower left "
-        "corner of a tile of 1 x 1 degree), mosaicked in order. With dem_catalog empty too: elevation is unknown.",
+        description="DEM files, folders of tiles, glob patterns, or addresses with {lat} and {lon} (N46, E007: lower "
+        "left corner of a tile of 1 x 1 degree), mosaicked in order. With dem_catalog empty too: elevation is unknown.",
     )
     dem_catalog: Catalog | None = Field(
         None, description="STAC catalog of DEM tiles (such as cop-dem-glo-30); they come after those of `dem`."
@@ -363,8 +363,8 @@ class TerrainSettings(_Strict):
     elevation_change: list[ElevationChangePeriod] = []
     elevation_change_match: Literal["ended", "nearest_end"] = Field(
         "ended",
-        description="The dh/dt period of a year: the latest that has ended by then, or the one that ends nearest to it. "
-        "Both give the published choice (2010 to 2015 for 2015, 2015 to 2020 for 2023) from the data of that time.",
+        description="The dh/dt period of a year: the latest that has ended by then, or the one that ends nearest "
+        "to it. Both give the published choice (2010 to 2015 for 2015, 2015 to 2020 for 2023) from the data of that time.",
     )
     elevation_change_source: str = ""
     velocity: list[str] = Field(
@@ -536,7 +536,7 @@ class ChangeSettings(_Strict):
     correlation_length_km: float | None = Field(
         None,
         gt=0,
-        description="The correlation decays with distance as exp(-d / length). null: the same between any two glaciers.",
+        description="The correlation decays with distance as exp(-d / length). null: the same for any two glaciers.",
     )
     trend_min_years: int = Field(3, ge=3, description="A trend needs images of so many years.")
     trend_bootstrap: int = Field(300, ge=50, description="Resamples behind the interval of the Theil-Sen trend.")
@@ -580,7 +580,7 @@ class EvaluationSettings(_Strict):
     note: str = Field("", description="A sentence shown wherever the figures are shown: what they can not tell.")
     reference: str | None = Field(
         None,
-        description="A second inventory's outlines (vector file below data_root) that judges the baseline year's maps too.",
+        description="A second inventory's outlines (vector file below data_root) that judges the baseline year too.",
     )
     reference_layer: str | None = None
     reference_source: str = Field("", description="Citation of the second inventory.")

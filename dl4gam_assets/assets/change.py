@@ -23,7 +23,8 @@ def build(p: Partitions) -> list[dg.AssetsDefinition]:
 
     @dg.asset(
         group_name=GROUP, owners=OWNERS, kinds={"parquet", "statsmodels"}, partitions_def=p.years,
-        backfill_policy=policy, deps=[dg.AssetDep(area_change, partition_mapping=p.same), "inventory_outlines", "elevation"],
+        backfill_policy=policy,
+        deps=[dg.AssetDep(area_change, partition_mapping=p.same), "inventory_outlines", "elevation"],
     )  # fmt: skip
     def regional_change(context: dg.AssetExecutionContext, workspace: WorkspaceResource) -> None:
         """Totals by region, country, size class and aspect: measured, filtered, and extrapolated to all glaciers."""

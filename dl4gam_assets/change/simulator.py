@@ -192,7 +192,8 @@ def simulate(
 
 def summarize(regions: pd.DataFrame) -> pd.DataFrame:
     """By method: ``bias`` and ``rmse`` of the regional rate, mean reported ``std`` (%/yr), and ``coverage``, the share
-    of draws whose interval of one deviation holds the truth (68% if it is honest; its own error in ``coverage_std``)."""
+    of draws whose interval of one deviation holds the truth (68% if it is honest; ``coverage_std`` is its own error).
+    """
     known = regions.dropna(subset=["estimate", "std"])
     off = known["estimate"] - known["truth"]
     known = known.assign(off=off, square=off**2, inside=off.abs() <= known["std"])
