@@ -337,8 +337,8 @@ class ElevationChangePeriod(_Strict):
 
     path: str | list[str] = Field(
         description="File, folder of tiles, glob pattern, or address with {lat} and {lon} (N46, E007: lower left "
-        "corner of a tile of 1 x 1 degree); {start} and {end} are the period's years. Of Hugonnet's tiles in a folder only "
-        "those of the period are taken."
+        "corner of a tile of 1 x 1 degree); {start} and {end} are the period's years. Of Hugonnet's tiles in a folder "
+        "only those of the period are taken."
     )
     start: int = Field(description="First year of the period (e.g. 2010).")
     end: int
@@ -364,7 +364,7 @@ class TerrainSettings(_Strict):
     elevation_change_match: Literal["ended", "nearest_end"] = Field(
         "ended",
         description="The dh/dt period of a year: the latest that has ended by then, or the one that ends nearest "
-        "to it. Both give the published choice (2010 to 2015 for 2015, 2015 to 2020 for 2023) from the data of that time.",
+        "to it. Both give the published choice (2010 to 2015 for 2015, 2015 to 2020 for 2023).",
     )
     elevation_change_source: str = ""
     velocity: list[str] = Field(
@@ -659,7 +659,9 @@ class Region(_Strict):
     def fingerprint(self, *sections: str) -> str:
         """Short hash of the named sections (all but ``compute`` when none is named), stable across key order."""
         names = sections or tuple(n for n in type(self).model_fields if n not in {"compute", "data_root"})
-        content = {name: self.model_dump(mode="json")[name] for name in sorted(names)}
+        # A preset's name changes nothing, what it expands to does.
+        dumped = self.model_dump(mode="json", exclude={"imagery": {"preset"}})
+        content = {name: dumped[name] for name in sorted(names)}
         return fingerprint(content)
 
 

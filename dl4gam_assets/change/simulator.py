@@ -132,6 +132,8 @@ def measure(
 def _root(glaciers: pd.DataFrame, errors: Errors) -> np.ndarray:
     """Matrix that turns independent normal numbers into correlated ones of variance 1."""
     n = len(glaciers)
+    if errors.correlation == 0.0:
+        return np.eye(n)
     if errors.length_km is None:
         shared = np.ones((n, n))
     else:
