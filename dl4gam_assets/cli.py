@@ -1,4 +1,4 @@
-"""The command ``dl4gam``: demo, materialize, query, explain, status, regions, ui.
+"""The command ``dl4gam``: demo, materialize, query, explain, plate, status, regions, ui.
 
 Belongs here: words, options and output of the command line.
 Does not belong here: work. Each command calls one function of another module; Dagster is imported only by the commands
@@ -378,6 +378,50 @@ def explain(
     console.print(tree, soft_wrap=False)
 
 
+class Colours(enum.StrEnum):
+    natural = "natural"
+    swir = "swir"
+
+
+@app.command()
+def plate(
+    glacier: Annotated[str, typer.Argument(help="Glacier id as in the inventory.")],
+    year: Annotated[
+        int, typer.Option(help="Year of the images; the baseline year shows those of the inventory's date.")
+    ],
+    region: RegionOption = "demo",
+    home: HomeOption = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="JPEG to write. Default: plate_GLACIER_YEAR.jpg here.")
+    ] = None,
+    colours: Annotated[
+        Colours, typer.Option(help="natural, or swir: snow and ice are blue there, water clouds are not.")
+    ] = Colours.natural,
+    limit: Annotated[int, typer.Option(min=1, help="Show at most so many candidates, the best ones.")] = 12,
+) -> None:
+    """Draw a glacier's candidate images of a year side by side, with scores, and the chosen one framed.
+
+    Each picture has the outline (yellow), what counts as cloud or shadow (hatched), the figures that the choice rests
+    on, and why the image was not taken. To take another one, add a line to the override file
+    (`imagery.selection.overrides`). The scenes are read again, so their files or server must be there.
+    """
+    from dl4gam_assets.imagery import CatalogError
+    from dl4gam_assets.stages.base import Site, UpstreamError
+    from dl4gam_assets.stages.plates import plate as draw
+    from dl4gam_assets.storage import safe_name
+
+    settings, storage = _open(region, home)
+    _check_choice("year", [year], settings.years.all())
+    try:
+        picture = draw(Site(settings, str(storage.root)), year, glacier, limit=limit, colours=colours.value)
+    except (UpstreamError, CatalogError) as error:
+        raise _stop(_escape(str(error))) from error
+    target = output or Path(f"plate_{safe_name(glacier)}_{year}.jpg")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(picture)
+    console.print(f"{target}", highlight=False, soft_wrap=True)
+
+
 @app.command()
 def status(region: RegionOption = "demo", home: HomeOption = None) -> None:
     """Say what is there: partitions of each asset, estimates by year, failures."""
@@ -429,6 +473,37 @@ def ui(
     ]  # fmt: skip
     console.print(f"http://127.0.0.1:{port}  (stop with Ctrl-C)", highlight=False)
     os.execve(sys.executable, command, environment)  # noqa: S606
+
+
+@app.command()
+def validate(
+    draws: Annotated[int, typer.Option(min=10, help="Regions drawn for each scenario.")] = 300,
+    scenario: Annotated[list[str] | None, typer.Option(help="Only these scenarios; repeat for several.")] = None,
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="Write the table here as CSV.")] = None,
+) -> None:
+    """Check what the intervals of regional rates cover, on thousands of drawn regions with known change.
+
+    The table of docs/validation.md; no images and no training are needed. An honest interval of one deviation holds
+    the truth in 68% of the draws.
+    """
+    from dl4gam_assets.change.simulator import run_scenarios
+
+    try:
+        table = run_scenarios(draws, names=scenario)
+    except ValueError as error:
+        raise _stop(_escape(str(error))) from error
+    for name, rows in table.groupby("scenario", sort=False):
+        columns = ("method", "truth %/yr", "bias", "rmse", "stated deviation", "holds the truth")
+        shown = RichTable(*columns, title=str(name))
+        for row in rows.itertuples():
+            shown.add_row(
+                row.method, f"{row.truth:.2f}", f"{row.bias:+.2f}", f"{row.rmse:.2f}", f"{row.std:.2f}",
+                f"{100 * row.coverage:.0f} +/- {100 * row.coverage_std:.0f}%",
+            )  # fmt: skip
+        console.print(rows["question"].iloc[0], highlight=False)
+        console.print(shown)
+    if file is not None:
+        table.to_csv(file, index=False)
 
 
 @app.command()

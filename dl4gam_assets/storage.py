@@ -7,6 +7,9 @@ Does not belong here: Dagster, and what the content means (see ``tables`` for th
 Layout below the root of a region::
 
     inputs/                                  made only for simulated regions
+    items/2023.jsonl                         what a STAC API gave for the year; its searches in items/year=2023/
+    candidates/year=2023/<glacier>.parquet   scores, so that a killed run goes on
+    static/<glacier>.nc, dhdt/period=.../    masks and terrain once, elevation change by period
     cubes/year=2023/<glacier>.nc
     models/fold=1/member=01/                 model.safetensors, model.json, history.parquet
     predictions/year=2023/<glacier>.tif

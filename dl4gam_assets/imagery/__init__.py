@@ -30,6 +30,7 @@ _HOMES = {
     "search_plan": "catalogs",
     "write_items": "catalogs",
     "read_items": "catalogs",
+    "merge_items": "catalogs",
     "policy_of": "candidates",
     "rank_candidates": "ranking",
     "select_scenes": "ranking",

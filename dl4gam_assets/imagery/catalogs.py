@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -101,11 +102,15 @@ class _Api:
 
     def __init__(self, settings: StacApi):
         import pystac_client
-        from pystac_client.stac_api_io import StacApiIO
         from urllib3 import Retry
 
+        from dl4gam_assets.imagery.signing import PLANETARY_COMPUTER, signing_library
+
         self.settings = settings
-        # Passing trouble is asked again after 1, 2, 4 ... seconds, or as Retry-After says (at most two minutes).
+        if urlparse(settings.url).netloc == PLANETARY_COMPUTER:
+            signing_library()  # better now than in thousands of scenes that can not be read
+        # Passing trouble is asked again at once, then after 2, 4, 8 and 16 seconds, or as Retry-After says (at most two
+        # minutes); a silent server twice.
         retry = Retry(
             total=5, connect=2, read=2, backoff_factor=1, backoff_jitter=0.5, backoff_max=60, retry_after_max=120,
             status_forcelist=[429, 500, 502, 503, 504], allowed_methods=None,
@@ -113,7 +118,9 @@ class _Api:
         try:
             # GDAL and pystac-client share nothing; connections are kept for all searches of this catalog.
             self._client = pystac_client.Client.open(
-                settings.url, stac_io=StacApiIO(max_retries=retry, timeout=settings.timeout_s)
+                settings.url,
+                stac_io=_api_io(retry),
+                timeout=settings.timeout_s,  # here: open() overwrites that of stac_io
             )
         except Exception as error:
             raise CatalogError(f"STAC API {settings.url} does not answer: {_words(error)}") from error
@@ -140,22 +147,23 @@ class _Api:
         """All pages of a search, duplicates dropped (the newest version of an id stays)."""
         settings = self.settings
         found: dict[str, pystac.Item] = {}
+        seen: set[str] = set()
         try:
             search = self._client.search(collections=settings.collections, limit=settings.page_size, **asked)
             for page in search.pages_as_dicts():
                 features = page.get("features") or []
-                new = 0
+                before = len(seen)
+                seen |= {str(feature.get("id")) for feature in features}
                 for feature in features:
                     item = _item(feature, settings)
                     if item is None:
                         continue
                     old = found.get(item.id)
-                    new += old is None
                     if old is None or _processing(item) > _processing(old):
                         found[item.id] = item
-                if features and not new:
+                if features and len(seen) == before:
                     raise CatalogError(f"{settings.url} gives the same page of items again and again: search stopped")
-                if len(found) > settings.max_items:
+                if len(seen) > settings.max_items:
                     raise CatalogError(
                         f"a search in {settings.url} gives more than {settings.max_items} items: narrow "
                         "imagery.window or imagery.catalog.query, or raise imagery.catalog.max_items"
@@ -165,6 +173,40 @@ class _Api:
         except Exception as error:
             raise CatalogError(f"search in {settings.url} failed: {_words(error)}") from error
         return sorted(found.values(), key=lambda i: i.id)
+
+
+def _api_io(retry: Any) -> Any:
+    """pystac-client's requests, which come again too where an answer breaks off or is no JSON (the page of a proxy).
+
+    urllib3 repeats only what fails before the content.
+    """
+    from pystac_client.exceptions import APIError
+    from pystac_client.stac_api_io import StacApiIO
+    from requests.exceptions import ChunkedEncodingError, ConnectionError, ContentDecodingError
+    from urllib3.exceptions import ReadTimeoutError
+
+    class Io(StacApiIO):
+        def request(self, *args: Any, **kwargs: Any) -> str:
+            for pause in (0.5, 1.0, None):
+                try:
+                    text = super().request(*args, **kwargs)
+                    json.loads(text)
+                    return text
+                except json.JSONDecodeError as error:
+                    if pause is None:
+                        raise APIError(f"an answer is no JSON, but {' '.join(text.split())[:60]!r}") from error
+                except APIError as error:
+                    cause = error.__context__
+                    broken = isinstance(cause, ChunkedEncodingError | ContentDecodingError)
+                    stalled = isinstance(cause, ConnectionError) and isinstance(
+                        next(iter(cause.args), 0), ReadTimeoutError
+                    )
+                    if pause is None or not (broken or stalled):
+                        raise
+                time.sleep(pause)
+            raise AssertionError("the last attempt returns or raises")
+
+    return Io(max_retries=retry)
 
 
 def _item(feature: Mapping[str, Any], settings: StacApi) -> pystac.Item | None:
@@ -192,7 +234,9 @@ def _halves(bbox: Sequence[float]) -> list[tuple[float, ...]]:
 
 
 def _words(error: BaseException) -> str:
-    return " ".join(str(error).split())[:500] or type(error).__name__
+    status = getattr(error, "status_code", None)  # of pystac-client's APIError
+    text = " ".join(str(error).split())[:500] or type(error).__name__
+    return text if status is None else f"HTTP {status}: {text}"
 
 
 # ---------------------------------------------------------------------------------------------- many glaciers at once
@@ -248,6 +292,28 @@ def write_items(items: Iterable[pystac.Item], assets: Sequence[str], path: Path)
             file.write(json.dumps(slim, separators=(",", ":"), default=str) + "\n")
             count += 1
     return count
+
+
+def merge_items(paths: Iterable[Path], target: Path) -> int:
+    """Join files of :func:`write_items`; of items with the same id the newest processing stays. Returns their number.
+
+    Raises
+    ------
+    CatalogError
+        naming a file that can not be read.
+    """
+    kept: dict[str, tuple[tuple[Any, ...], str]] = {}
+    for path in paths:
+        try:
+            for line in path.read_text(encoding="utf-8").splitlines():
+                item = json.loads(line)
+                rank = _rank(item["id"], item["properties"])
+                if item["id"] not in kept or rank > kept[item["id"]][0]:
+                    kept[item["id"]] = rank, line
+        except (OSError, ValueError, KeyError) as error:
+            raise CatalogError(f"stored search {path} can not be read ({_words(error)}): delete it") from error
+    target.write_text("".join(f"{line}\n" for _, (_, line) in sorted(kept.items())), encoding="utf-8")
+    return len(kept)
 
 
 def read_items(path: Path) -> SceneCatalog:
@@ -516,10 +582,14 @@ def group_by_day(items: Iterable[pystac.Item]) -> dict[dt.date, list[pystac.Item
 
 
 def _processing(item: pystac.Item) -> tuple[tuple[int, ...], str, str]:
-    p = item.properties
+    return _rank(item.id, item.properties)
+
+
+def _rank(item_id: str, p: Mapping[str, Any]) -> tuple[tuple[int, ...], str, str]:
+    """Sorts versions of a scene: by processing baseline, then by the time it was made."""
     baseline = str(p.get("s2:processing_baseline") or p.get("processing:version") or "")
     made = str(p.get("s2:generation_time") or p.get("created") or p.get("updated") or "")
-    return tuple(int(n) for n in re.findall(r"\d+", baseline)), made, item.id
+    return tuple(int(n) for n in re.findall(r"\d+", baseline)), made, item_id
 
 
 def _time(item: pystac.Item) -> dt.datetime:

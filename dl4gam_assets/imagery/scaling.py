@@ -55,9 +55,11 @@ def reflectance_scale(item: pystac.Item, asset: pystac.Asset, sensor: SensorSett
     """Scale and offset from digital number to reflectance: the settings' numbers, the item's metadata, or a rule.
 
     ``metadata``
-        the raster extension. Where a catalog has taken off the Sentinel-2 offset already (Earth Search says so in
-        ``earthsearch:boa_offset_applied``) the offset is 0, whatever the raster extension says: its pixels agree with
-        that flag. Where the flag is false the stated offset holds.
+        the raster extension. Earth Search's older collection states an offset of -0.1 for every item and says in
+        ``earthsearch:boa_offset_applied`` whether it took it off. Where it did, the offset is 0: its pixels agree with
+        the flag (its maintainers: github.com/Element84/earth-search/issues/9). Where it did not, the stated offset
+        holds from processing baseline 04.00 on; before, products had none (stactools-packages/sentinel2/issues/44),
+        and an offset that is stated all the same is 0.
     ``sentinel-2-baseline``
         for catalogs of original digital numbers without metadata (Planetary Computer): -1000 x scale from processing
         baseline 04.00 on, 0 before.
@@ -79,6 +81,9 @@ def reflectance_scale(item: pystac.Item, asset: pystac.Asset, sensor: SensorSett
         offset = 0.0
     else:
         offset = stated.get("offset")
+        flagged = "earthsearch:boa_offset_applied" in item.properties
+        if offset and flagged and processing_baseline(item) < OFFSET_BASELINE:
+            offset = 0.0
     if offset is None:
         raise SceneError(_unknown(item, asset, "offset"))
     return float(scale), float(offset)

@@ -1,16 +1,22 @@
 """Addresses that must be signed before they are opened (Planetary Computer).
 
-Belongs here: which hosts want a signature, and getting it from their own library. Addresses are signed when they are
-opened, never when they are stored: tables, checksums and lineage stay the same, and no token lands in them.
-Does not belong here: opening files (``sources``).
+Belongs here: which hosts want a signature, getting it from their own library, taking it out of texts. Addresses are
+signed when they are opened, never when they are stored: tables, checksums and lineage stay the same, and no token
+lands in them. Does not belong here: opening files (``sources``).
 """
 
 from __future__ import annotations
 
+import os
+import re
+import threading
+from typing import Any
 from urllib.parse import urlsplit
 
 from dl4gam_assets.imagery.catalogs import CatalogError
 
+#: Host of the catalog whose files must be signed.
+PLANETARY_COMPUTER = "planetarycomputer.microsoft.com"
 #: Storage of the collections in the presets: Sentinel-2 L2A, Landsat Collection 2, Copernicus GLO-30.
 PLANETARY_COMPUTER_HOSTS = frozenset(
     {
@@ -19,29 +25,67 @@ PLANETARY_COMPUTER_HOSTS = frozenset(
         "elevationeuwest.blob.core.windows.net",
     }
 )
+#: The library asks for a token this often (waiting 0, 1.6, 3.2, 6.4 s); its own 10 times would take seven minutes.
+_TOKEN_RETRIES = 4
+_SIGNATURE = re.compile(r"\?[^\s'\"<>()]*\bsig=[^\s'\"<>()]*")
+_LOCK = threading.Lock()
+
+
+def signing_library() -> Any:
+    """The module ``planetary_computer.sas``.
+
+    Raises
+    ------
+    CatalogError
+        if it is not installed; names the extra that brings it.
+    """
+    try:
+        from planetary_computer import sas
+    except ImportError as error:
+        raise CatalogError(
+            "files of Planetary Computer must be signed by its own library: "
+            "pip install 'dl4gam_assets[planetary-computer]'"
+        ) from error
+    return sas
 
 
 def signed(href: str) -> str:
     """The address to open: with a token for the hosts of Planetary Computer, unchanged for all others.
 
-    The library keeps a token until shortly before it expires, so this is cheap.
+    The library keeps a token until a minute before it expires, so this is cheap.
 
     Raises
     ------
-    CatalogError
-        if the library is not installed, or does not get a token.
+    SceneUnreachableError
+        if there is no token now, or the library is not installed: the scene itself is not known to be bad, so it is
+        asked for again by the next run.
     """
     parts = urlsplit(href)
     if parts.netloc not in PLANETARY_COMPUTER_HOSTS or "sig=" in parts.query:
         return href
+    from dl4gam_assets.imagery.sources import SceneUnreachableError  # which imports this module
+
     try:
-        import planetary_computer
-    except ImportError as error:
-        raise CatalogError(
-            f"{parts.netloc} belongs to Planetary Computer, whose addresses must be signed: "
-            "pip install 'dl4gam_assets[planetary-computer]'"
-        ) from error
-    try:
-        return str(planetary_computer.sign_url(href))
+        sas = signing_library()
+        with _LOCK:  # one request for a token, not one a thread
+            token = sas.get_token(parts.netloc.split(".")[0], parts.path.split("/")[1], retry_total=_TOKEN_RETRIES)
+        return str(token.sign(href).href)
+    except CatalogError as error:
+        raise SceneUnreachableError(str(error)) from error
     except Exception as error:
-        raise CatalogError(f"Planetary Computer gave no token for {href}: {error}") from error
+        words = " ".join(str(error).split())[:300]
+        raise SceneUnreachableError(f"Planetary Computer gave no token for {href}: {words}; try again later") from error
+
+
+def unsigned(text: str) -> str:
+    """A text (an address, a message of GDAL or requests) without the tokens in it."""
+    return _SIGNATURE.sub("", text)
+
+
+def _after_fork() -> None:
+    global _LOCK
+    _LOCK = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -39,7 +39,7 @@ import rasterio.errors
 from rasterio._err import CPLE_BaseError  # what a warp of a damaged file raises; rasterio.errors does not export it
 
 from dl4gam_assets.imagery.catalogs import local_path
-from dl4gam_assets.imagery.signing import signed
+from dl4gam_assets.imagery.signing import signed, unsigned
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -305,7 +305,7 @@ def _words(error: BaseException) -> str:
     while cause is not None and len(texts) < 3:
         texts.append(str(cause))
         cause = cause.__cause__
-    return " / ".join(" ".join(t.split()) for t in dict.fromkeys(texts))[:500]
+    return unsigned(" / ".join(" ".join(t.split()) for t in dict.fromkeys(texts)))[:500]
 
 
 # ----------------------------------------------------------------------------------------------- files on a network
@@ -426,7 +426,7 @@ def _ask(href: str, rules: ReadPolicy) -> _Answer:
             kind = answer.headers.get("Content-Type", "")
             return _Answer("well", "The server answers with a web page." if kind.startswith("text/html") else "")
     except requests.RequestException as error:
-        return _Answer("silent", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        return _Answer("silent", f"{type(error).__name__}: {unsigned(' '.join(str(error).split()))[:200]}")
 
 
 def forget_remote(href: str) -> None:

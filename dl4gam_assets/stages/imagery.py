@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import datetime as dt
 import functools
 import glob
 import hashlib
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from dl4gam_assets.compute import Done, Mapper
 from dl4gam_assets.settings import Region, StacApi, StacFolder, StacGeoparquet, fingerprint
 from dl4gam_assets.stages.base import (
     Site,
@@ -32,6 +36,10 @@ from dl4gam_assets.tables import TABLES
 
 #: Searches that wait for a STAC API at the same time.
 SEARCHES_AT_ONCE = 4
+#: Raised by one when stored searches of before can not be used any more.
+SEARCH_VERSION = 1
+#: Catalogs that are searched once for many glaciers. The others are in memory whole.
+_SEARCHED = (StacApi, StacGeoparquet)
 #: Glaciers within this many degrees of an outline are in its images: the margin is far smaller.
 _NEAR_DEG = 0.05
 
@@ -59,10 +67,11 @@ def _index_path(site: Site, year: int) -> Any:
 def catalog_of(site: Site, year: int, stamp: str = "") -> Any:
     """The items that a year's glaciers may use, opened once a process (and again when ``stamp`` changes).
 
-    Of a STAC API it is the item index in the store, which one search for all glaciers wrote; the API is not asked.
+    Of a STAC API or GeoParquet files it is the item index in the store, which one search for many glaciers wrote; the
+    API is not asked.
     """
     path = _index_path(site, year)
-    if isinstance(site.region.imagery.catalog, StacApi) and path.exists():
+    if isinstance(site.region.imagery.catalog, _SEARCHED) and path.exists():
         return _index(site, year, path.stat().st_mtime)
     return _catalog(site, stamp)
 
@@ -87,31 +96,95 @@ def catalog_fingerprint(ws: Workspace, year: int) -> str:
     return folder_fingerprint(ws.data_root / catalog.path, "*.tif")
 
 
-def search_items(ws: Workspace, year: int, glaciers: Any) -> dict[str, Any]:
-    """Search a STAC API once for many glaciers and keep what is found in the store (written whole, then renamed).
+def search_items(ws: Workspace, year: int, glaciers: Any, stamp: str, again: bool = False) -> dict[str, Any]:
+    """Search a catalog once for many glaciers and keep what is found in the store.
 
-    One search a cell of one degree and season, four at a time. Returns figures for the metadata.
+    One search a cell of one degree and season, four at a time. Each is a file that is written when its search is
+    ready, named after the catalog's identity (``stamp``), the box, the days and the assets: a run that was killed, or
+    another glacier, asks only for what is not there yet. ``again`` asks for everything. At the end they are joined to
+    the year's item index. Returns figures for the metadata.
+
+    Raises
+    ------
+    CatalogError
+        if a search fails; the searches that were ready stay.
     """
-    from dl4gam_assets.imagery import assets_of, open_catalog, search_plan, search_window, write_items
+    from dl4gam_assets.imagery import assets_of, merge_items, open_catalog, search_plan, search_window, write_items
 
     imagery = ws.region.imagery
-    plan = search_plan(search_window(row, ws.region, year) for _, row in glaciers.iterrows())
-    catalog = open_catalog(imagery.catalog, ws.data_root, imagery.sensor)
-    items: dict[str, Any] = {}
+    names = assets_of(imagery)
+    folder = ws.storage.path("items", f"year={year}")
+    plan = {
+        folder / f"{fingerprint([SEARCH_VERSION, stamp, part, names])}.jsonl": part
+        for part in search_plan(search_window(row, ws.region, year) for _, row in glaciers.iterrows())
+    }
+    todo = {path: part for path, part in plan.items() if again or not path.exists()}
+    catalog: Any = open_catalog(imagery.catalog, ws.data_root, imagery.sensor) if todo else None
     start = last = time.monotonic()
+
+    def ask(task: tuple[Any, Any]) -> int:
+        path, part = task
+        items = catalog.search(*part)
+        with ws.storage.writing(path) as temporary:
+            return write_items(items, names, temporary)
+
+    found = 0
     with ThreadPoolExecutor(SEARCHES_AT_ONCE) as pool:
-        for done, found in enumerate(pool.map(lambda part: catalog.search(*part), plan), start=1):
-            items |= {item.id: item for item in found}
+        futures = [pool.submit(ask, task) for task in todo.items()]
+        try:
+            for done, future in enumerate(as_completed(futures), start=1):
+                found += future.result()
+                now = time.monotonic()
+                if now - last >= 10 or done == len(todo):
+                    last = now
+                    ws.logger.info(
+                        f"scene_candidates [{year}]: {done} of {len(todo)} searches, {found} items"
+                        f" in {now - start:.0f} s"
+                    )
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # those under way end, the others need not begin
+            raise
+    with contextlib.ExitStack() as stack:
+        parts = [stack.enter_context(ws.storage.reading(path)) for path in plan]
+        with ws.storage.writing(_index_path(ws.site, year)) as temporary:
+            items = merge_items(parts, temporary)
+    current = {path.name for path in plan}
+    for path in list(folder.glob("*.jsonl")) if folder.exists() else ():
+        if path.name not in current:
+            path.unlink()  # of another catalog, or of another day of an open season
+    return {"searches": len(plan), "searched_now": len(todo), "items": items}
+
+
+class _Reading(Mapper):
+    """A mapper over :func:`candidates_of` whose progress also says how much was read."""
+
+    def __init__(self, inner: Mapper, say: Callable[[str], None]):
+        self.inner, self.say = inner, say
+
+    def map(
+        self,
+        function: Callable[..., Any],
+        tasks: Iterable[tuple[str, Sequence[Any]]],
+        *,
+        progress: Callable[[int, int, float], None] | None = None,
+        every_s: float = 10.0,
+    ) -> Iterator[Done]:
+        todo = list(tasks)
+        start = last = time.monotonic()
+        read = stored = 0
+        for count, done in enumerate(self.inner.map(function, todo), start=1):
+            if done.ok:
+                read += done.value[1]
+                stored += done.value[2]
             now = time.monotonic()
-            if now - last >= 10 or done == len(plan):
+            if now - last >= every_s or count == len(todo):
                 last = now
-                ws.logger.info(
-                    f"scene_candidates [{year}]: {done} of {len(plan)} searches, {len(items)} items"
-                    f" in {now - start:.0f} s"
+                rate = 60.0 * count / max(now - start, 1e-9)
+                self.say(
+                    f"{count} of {len(todo)} glaciers ({stored} scored before), {rate:.0f} a minute,"
+                    f" {read / 1e6:.1f} MB read"
                 )
-    with ws.storage.writing(_index_path(ws.site, year)) as temporary:
-        write_items(items.values(), assets_of(imagery), temporary)
-    return {"searches": len(plan), "items": len(items)}
+            yield done
 
 
 #: Settings of the choice that change no score: with others the scores on disk are used again.
@@ -133,6 +206,7 @@ def candidates_of(
     Returns the rows, the bytes that were read, and whether they were there already. ``again`` scores in any case.
     """
     from dl4gam_assets.imagery import assets_of, candidates_of_glacier, item_checksums, items_of_glacier
+    from dl4gam_assets.imagery.signing import unsigned
 
     region = site.region
     glaciers = cached_table(site, "glaciers")
@@ -155,6 +229,7 @@ def candidates_of(
     if stored is not None:
         return TABLES["candidates"].conform(stored.assign(year=year)).drop(columns="year"), 0, True
     frame = candidates_of_glacier(glacier, glaciers, zones, catalog, region, year, items)
+    frame["reason"] = frame["reason"].map(unsigned, na_action="ignore")  # messages may hold a signed address
     # A server that was silent now may answer later: such rows are not kept, so that the next run asks again.
     if len(frame) and not frame.attrs.get("unreachable"):
         with site.storage.writing(path) as temporary:
@@ -195,10 +270,11 @@ def scene_candidates(ws: Workspace, year: int, *, force: bool = False) -> StageR
         glaciers = glaciers[glaciers["modelled"].astype(bool)]
         ids = glaciers["glacier_id"].tolist()
         found_items: dict[str, Any] = {}
-        if isinstance(ws.region.imagery.catalog, StacApi):
-            found_items = search_items(ws, year, glaciers)
+        if isinstance(ws.region.imagery.catalog, _SEARCHED):
+            found_items = search_items(ws, year, glaciers, catalog, force)
         start = time.perf_counter()
-        values, failures = ws.over_glaciers(
+        mapper = _Reading(ws.mapper, lambda words: ws.logger.info(f"scene_candidates [{year}]: {words}"))
+        values, failures = dataclasses.replace(ws, mapper=mapper).over_glaciers(
             "scene_candidates", label, candidates_of, [(g, (ws.site, year, g, catalog, force)) for g in ids]
         )
         seconds = max(time.perf_counter() - start, 1e-6)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,8 @@ import pytest
 
 from dl4gam_assets.imagery import CatalogError, SceneError, open_catalog
 from dl4gam_assets.imagery.scaling import band_metadata, reflectance_scale
-from dl4gam_assets.imagery.signing import PLANETARY_COMPUTER_HOSTS, signed
+from dl4gam_assets.imagery.signing import signed, unsigned
+from dl4gam_assets.imagery.sources import SceneUnreachableError
 from dl4gam_assets.settings import ImagerySettings, SettingsError, StacApi, TerrainSettings, parse_region, presets
 
 BOX = [7.9, 46.4, 8.1, 46.6]
@@ -62,6 +65,11 @@ ANSWERS: dict[str, list[dict[str, Any]]] = {
             {"s2:processing_baseline": "04.00", "earthsearch:boa_offset_applied": False, "grid:code": "MGRS-32TMS"},
             _bands(L2A, "https://s3.example", **{"raster:bands": [RASTER]}),
         ),
+        feature(
+            "S2A_32TMS_20200827_0_L2A",
+            {"s2:processing_baseline": "02.14", "earthsearch:boa_offset_applied": False, "grid:code": "MGRS-32TMS"},
+            _bands(L2A, "https://s3.example", **{"raster:bands": [RASTER]}),
+        ),
     ],
     "planetary-computer-sentinel-2-l2a": [
         feature(
@@ -83,6 +91,7 @@ EXPECTED: dict[str, dict[str, tuple[float, float]]] = {
     "earth-search-sentinel-2-c1-l2a": {"S2A_T32TMS_20230904T103633_L2A": (1e-4, -0.1)},
     "earth-search-sentinel-2-l2a": {
         "S2A_32TMS_20230904_0_L2A": (1e-4, 0.0), "S2B_32TMS_20220601_1_L2A": (1e-4, -0.1),
+        "S2A_32TMS_20200827_0_L2A": (1e-4, 0.0),
     },
     "planetary-computer-sentinel-2-l2a": {"S202.12": (1e-4, 0.0), "S204.00": (1e-4, -0.1), "S205.10": (1e-4, -0.1)},
     "planetary-computer-landsat-c2-l2": {"LC08_L2SP_195028_20230904_02_T1": (2.75e-5, -0.2)},
@@ -136,7 +145,7 @@ class _Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def replay() -> Iterator[Replay]:
     server = Replay()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     yield server
     server.shutdown()
@@ -213,7 +222,9 @@ def test_dem_presets_are_catalogs_with_addresses_that_need_no_account(replay: Re
     (item,) = open_catalog(terrain.dem_catalog, Path(), imagery_of("earth-search-sentinel-2-l2a").sensor).search(
         BOX, dt.date(1990, 1, 1), dt.date(2100, 1, 1)
     )
-    assert item.assets["data"].href.startswith("https://copernicus-dem-30m.s3.eu-central-1.amazonaws.com/Copernicus_DSM")
+    assert item.assets["data"].href.startswith(
+        "https://copernicus-dem-30m.s3.eu-central-1.amazonaws.com/Copernicus_DSM"
+    )
     assert terrain.has_dem
 
 
@@ -254,11 +265,127 @@ def test_what_a_lying_catalog_gives_from_elsewhere_is_left_out(replay: Replay) -
     assert set(found[0].assets) == set(here["assets"])  # of two versions of an item the newest processing
 
 
-def test_addresses_are_signed_only_for_the_hosts_that_want_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_of_items_that_can_not_be_used_is_no_loop(replay: Replay) -> None:
+    broken = [json.loads(json.dumps(ANSWERS["earth-search-sentinel-2-l2a"][0])) for _ in range(2)]
+    for number, one in enumerate(broken):
+        one |= {"id": f"broken-{number}", "geometry": None, "bbox": None}
+    replay.features = broken
+    imagery = imagery_of("earth-search-sentinel-2-l2a", catalog={"url": replay.url})
+    catalog = open_catalog(imagery.catalog, Path(), imagery.sensor)
+    assert catalog.search(BOX, dt.date(2023, 8, 1), dt.date(2023, 10, 15)) == []
+
+
+def test_the_name_of_a_preset_is_in_no_fingerprint() -> None:
+    """What it expands to is: the same settings written out are the same region."""
+    base = {
+        "name": "x",
+        "years": {"first": 2020, "baseline": 2020},
+        "inventory": {"path": "a"},
+        "terrain": {"dem": ["d"]},
+    }
+    named = parse_region({**base, "imagery": {"preset": "earth-search-sentinel-2-c1-l2a"}})
+    written = named.imagery.model_dump(mode="json", exclude={"preset"})
+    assert parse_region({**base, "imagery": written}).fingerprint() == named.fingerprint()
+    other = parse_region({**base, "imagery": {"preset": "earth-search-sentinel-2-l2a"}})
+    assert other.fingerprint() != named.fingerprint()
+
+
+# ---------------------------------------------------------------------------------------------------------- signatures
+class Tokens(ThreadingHTTPServer):
+    """The token service of Planetary Computer: a new token for each request, or a refusal."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _TokenHandler)
+        self.asked: list[str] = []
+        self.lasts_s = 3600.0
+        self.status = 200
+
+
+class _TokenHandler(BaseHTTPRequestHandler):
+    server: Tokens
+
+    def log_message(self, *_: Any) -> None:
+        """Quiet."""
+
+    def do_GET(self) -> None:
+        self.server.asked.append(self.path)
+        until = dt.datetime.now(dt.UTC) + dt.timedelta(seconds=self.server.lasts_s)
+        token = f"se=2099&sp=rl&sr=c&sig=secret{len(self.server.asked)}"
+        body = json.dumps({"msft:expiry": until.isoformat(), "token": token}).encode()
+        self.send_response(self.server.status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.fixture
+def tokens(monkeypatch: pytest.MonkeyPatch) -> Iterator[Tokens]:
+    """The real library, which asks a service on this machine."""
+    from planetary_computer import sas
+    from planetary_computer.settings import Settings
+
+    server = Tokens()
+    monkeypatch.setattr(Settings.get(), "sas_url", f"http://127.0.0.1:{server.server_port}/token")
+    monkeypatch.setattr(sas, "TOKEN_CACHE", {})
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+SIGNED_HOST = "https://sentinel2l2a01.blob.core.windows.net"
+
+
+def test_addresses_are_signed_only_for_the_hosts_that_want_it(tokens: Tokens) -> None:
     plain = "https://sentinel-cogs.s3.us-west-2.amazonaws.com/a/B04.tif"
     assert signed(plain) == plain and signed("/data/x.tif") == "/data/x.tif"
-    host = sorted(PLANETARY_COMPUTER_HOSTS)[0]
-    assert signed(f"https://{host}/c/x.tif?se=1&sig=abc") == f"https://{host}/c/x.tif?se=1&sig=abc"
-    monkeypatch.setitem(__import__("sys").modules, "planetary_computer", None)
+    already = f"{SIGNED_HOST}/c/x.tif?se=1&sig=abc"
+    assert signed(already) == already and not tokens.asked
+    assert signed(f"{SIGNED_HOST}/sentinel2-l2/32/T/x.tif").startswith(f"{SIGNED_HOST}/sentinel2-l2/32/T/x.tif?se=")
+    assert tokens.asked == ["/token/sentinel2l2a01/sentinel2-l2"]
+
+
+def test_a_token_is_asked_for_once_and_renewed_before_it_ends(tokens: Tokens) -> None:
+    href = f"{SIGNED_HOST}/sentinel2-l2/x.tif"
+    with ThreadPoolExecutor(16) as pool:
+        assert len(set(pool.map(signed, [href] * 64))) == 1
+    assert len(tokens.asked) == 1
+    tokens.lasts_s = 30.0
+    other = f"{SIGNED_HOST}/other/x.tif"
+    first, second = signed(other), signed(other)  # less than a minute is left
+    assert first != second and len(tokens.asked) == 3
+
+
+def test_a_token_that_is_not_given_makes_no_scene_bad(tokens: Tokens) -> None:
+    tokens.status = 403
+    with pytest.raises(SceneUnreachableError, match=r"gave no token for https://sentinel2l2a01.*try again later"):
+        signed(f"{SIGNED_HOST}/c/x.tif")
+
+
+def test_without_the_library_the_extra_is_named_before_anything_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "planetary_computer", None)
+    imagery = imagery_of("planetary-computer-sentinel-2-l2a")
     with pytest.raises(CatalogError, match=r"pip install 'dl4gam_assets\[planetary-computer\]'"):
-        signed(f"https://{host}/c/x.tif")
+        open_catalog(imagery.catalog, Path(), imagery.sensor)
+    with pytest.raises(SceneUnreachableError, match=r"dl4gam_assets\[planetary-computer\]"):
+        signed(f"{SIGNED_HOST}/c/x.tif")
+
+
+def test_tokens_are_taken_out_of_texts() -> None:
+    secret = "st=1&se=2026-01-01T00%3A00%3A00Z&sp=rl&sv=2024&sr=c&sig=a%2Bb%3D"
+    for text, plain in (
+        (f"{SIGNED_HOST}/c/x.tif?{secret}", f"{SIGNED_HOST}/c/x.tif"),
+        (
+            f"'/vsicurl/{SIGNED_HOST}/c/x.tif?{secret}' not recognized",
+            f"'/vsicurl/{SIGNED_HOST}/c/x.tif' not recognized",
+        ),
+        (
+            f"Max retries exceeded with url: /c/x.tif?{secret} (Caused by",
+            "Max retries exceeded with url: /c/x.tif (Caused by",
+        ),
+        ("is it complete? yes", "is it complete? yes"),
+        (f"{SIGNED_HOST}/c/x.tif?version=2", f"{SIGNED_HOST}/c/x.tif?version=2"),
+    ):
+        assert unsigned(text) == plain

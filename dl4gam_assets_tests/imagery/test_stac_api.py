@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import socket
 import threading
+import time
 from collections.abc import Iterator
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pystac
@@ -32,6 +36,9 @@ class Api(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.items: list[pystac.Item] = []
         self.refuse: list[int] = []
+        self.retry_after: str | None = None
+        self.hang_s: list[float] = []
+        self.times: list[float] = []
         self.asked: list[dict[str, Any]] = []
 
     @property
@@ -50,6 +57,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
+        if status != 200 and self.server.retry_after is not None:
+            self.send_header("Retry-After", self.server.retry_after)
         self.end_headers()
         self.wfile.write(body)
 
@@ -65,6 +74,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.times.append(time.monotonic())
+        if self.server.hang_s:
+            time.sleep(self.server.hang_s.pop(0))
+            self.close_connection = True
+            return
         if self.server.refuse:
             self._send({"code": "slow down"}, self.server.refuse.pop(0))
             return
@@ -97,7 +111,7 @@ def _matches(item: pystac.Item, asked: dict[str, Any]) -> bool:
 @pytest.fixture
 def api() -> Iterator[Api]:
     server = Api()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     yield server
     server.shutdown()
@@ -106,8 +120,6 @@ def api() -> Iterator[Api]:
 
 
 def _open(api: Api, **more: Any) -> Any:
-    from pathlib import Path
-
     return open_catalog(StacApi(url=api.url, collections=["s2"], **more), Path(), SensorSettings())
 
 
@@ -136,6 +148,47 @@ def test_a_busy_server_is_asked_again(api: Api, make_item: ItemMaker) -> None:
     api.refuse = [429]
     assert [i.id for i in catalog.search(api.items[0].bbox, dt.date(2020, 8, 1), dt.date(2020, 8, 30))] == ["a"]
     assert not api.refuse
+
+
+@pytest.mark.parametrize("as_date", [False, True])
+def test_retry_after_is_respected(api: Api, make_item: ItemMaker, as_date: bool) -> None:
+    """In seconds, and as a date of HTTP (which counts whole seconds); without it the first repetition is at once."""
+    api.items = [make_item("a", "2020-08-10")]
+    catalog = _open(api)
+    api.refuse = [503]
+    api.retry_after = formatdate(time.time() + 2, usegmt=True) if as_date else "1"
+    assert len(catalog.search(api.items[0].bbox, dt.date(2020, 8, 1), dt.date(2020, 8, 30))) == 1
+    first, second = api.times
+    assert 0.9 <= second - first < 3.5
+
+
+def test_waits_grow(api: Api, make_item: ItemMaker) -> None:
+    api.items = [make_item("a", "2020-08-10")]
+    catalog = _open(api)
+    api.refuse = [500, 502, 429]
+    assert len(catalog.search(api.items[0].bbox, dt.date(2020, 8, 1), dt.date(2020, 8, 30))) == 1
+    waits = [b - a for a, b in zip(api.times, api.times[1:], strict=False)]
+    assert waits[0] < 0.8 and 2.0 <= waits[1] < 3.5 and 4.0 <= waits[2] < 6.0
+
+
+def test_a_silent_server_is_asked_again_and_then_given_up(api: Api, make_item: ItemMaker) -> None:
+    api.items = [make_item("a", "2020-08-10")]
+    catalog = _open(api, timeout_s=0.2)
+    api.hang_s = [0.6]
+    assert len(catalog.search(api.items[0].bbox, dt.date(2020, 8, 1), dt.date(2020, 8, 30))) == 1
+    api.hang_s = [0.6] * 3
+    start = time.monotonic()
+    with pytest.raises(CatalogError, match=rf"search in {api.url} failed: .*[Tt]imed? ?out"):
+        catalog.search(api.items[0].bbox, dt.date(2020, 8, 1), dt.date(2020, 8, 30))
+    assert not api.hang_s and time.monotonic() - start < 6
+
+
+def test_a_server_that_is_not_there_is_named() -> None:
+    with socket.socket() as listener:  # a port that nobody else gets meanwhile, and that does not answer
+        listener.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        with pytest.raises(CatalogError, match=rf"STAC API {url} does not answer: .*refused"):
+            open_catalog(StacApi(url=url, collections=["s2"]), Path(), SensorSettings())
 
 
 def test_a_refusal_names_the_address(api: Api, make_item: ItemMaker) -> None:
