@@ -70,9 +70,24 @@ def test_swiss_from_ice_bodies_to_cubes(real_data: Path, tmp_path: Path, monkeyp
         assert len(table) == 10
         assert table["image_date"].between(first, last).all()
     rhone = ws.storage.read_table("scenes", year=2018).query("glacier_id == 'B43-03' and selected").iloc[0]
-    assert f"{rhone['date']:%Y-%m-%d}" == "2018-09-09" and "override" in rhone["reason"]
+    assert f"{rhone['date']:%Y-%m-%d}" == "2018-09-09" and rhone["reason"].startswith("selected: rank 1 of 3")
     with open_cube(Path(str(ws.storage.cube(2018, "B43-03")))) as cube:
         stack, valid = channel_stack(cube, ["blue", "nir_narrow", "nir"])
         assert not valid.all() and np.isnan(stack[0][~valid]).all()
         assert 0.05 < float(np.median(stack[0][valid])) < 1.1
         assert cube_mask(cube, "debris").any()
+    # A person's word goes before the ranking, and only the choice is made again.
+    lines = tmp_path / "checked.csv"
+    lines.write_text("glacier_id,year,date\nB43-03,2018,2018-09-17\nB36-01,2018,reject\n")
+    checked = load_region("swiss", {"imagery.selection.overrides": str(lines)})
+    again = Workspace(checked, ws.storage, Mapper(1))
+    assert imagery.scene_candidates(again, 2018).unchanged
+    imagery.selected_scenes(again, 2018)
+    scenes = ws.storage.read_table("scenes", year=2018)
+    chosen = scenes[scenes["selected"]].set_index("glacier_id")
+    assert (
+        f"{chosen.loc['B43-03', 'date']:%m-%d}" == "09-17" and "override by the user" in chosen.loc["B43-03", "reason"]
+    )
+    assert "B36-01" not in chosen.index and len(chosen) == 9
+    rejected = ws.storage.read_table("failures").query("stage == 'selected_scenes' and glacier_id == 'B36-01'")
+    assert len(rejected) == 1 and "override" in rejected["error"].iloc[0]

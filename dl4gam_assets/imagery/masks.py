@@ -103,7 +103,8 @@ def _union(masks: Sequence[np.ndarray]) -> np.ndarray:
 
 def of_classes(classes: np.ndarray, chosen: Sequence[int]) -> np.ndarray:
     """Pixels (bool) of any of the chosen classes; missing ones (NaN) are of none."""
-    return np.isin(classes, list(chosen))
+    out: np.ndarray = np.isin(classes, list(chosen))
+    return out
 
 
 def of_bits(values: np.ndarray, bits: Sequence[int]) -> np.ndarray:
@@ -143,7 +144,7 @@ def saturated(values: np.ndarray, limits: Sequence[float]) -> np.ndarray:
     """
     with np.errstate(invalid="ignore"):
         reached = values >= (np.asarray(limits, dtype=np.float32) - np.float32(1e-6))[:, None, None]
-    out: np.ndarray = reached.any(axis=0)
+    out: np.ndarray = np.asarray(reached.any(axis=0))
     return out
 
 
@@ -171,7 +172,7 @@ def omnicloudmask(
     Raises
     ------
     MaskError
-        if the library is not installed.
+        if the library is not installed, or can not be imported.
     """
     try:
         from omnicloudmask import predict_from_array
@@ -179,6 +180,10 @@ def omnicloudmask(
         raise MaskError(
             "sensor.omnicloudmask is set, but OmniCloudMask is not installed: install the extra "
             "(pip install 'dl4gam_assets[omnicloudmask]') or set sensor.omnicloudmask to null"
+        ) from error
+    except RuntimeError as error:  # torchvision, which it imports, was built for another torch
+        raise MaskError(
+            f"OmniCloudMask is installed but can not be imported ({error}): install fitting torchvision"
         ) from error
     stack = np.stack([red, green, nir]).astype(np.float32)
     absent = ~np.isfinite(stack).all(axis=0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import datetime as dt
+import io
 from collections.abc import Collection
 from pathlib import Path
 
@@ -103,9 +104,8 @@ def _position(metric: pd.Series) -> pd.Series:
 
 
 def _apart(cloud: pd.Series, tolerance: float) -> pd.Series:
-    """What each cloud share exceeds the lowest by, 0 below the tolerance."""
-    excess = cloud - cloud.min()
-    return excess.where(excess >= tolerance, 0.0)
+    """Cloud shares, where those that exceed the lowest by less than the tolerance are the lowest."""
+    return cloud.where(cloud - cloud.min() >= tolerance, cloud.min())
 
 
 def _scaled(metric: pd.Series) -> pd.Series:
@@ -201,9 +201,14 @@ def read_overrides(path: Path, glaciers: pd.DataFrame, years: Collection[int]) -
     if not path.is_file():
         raise SettingsError(f"override file {path} does not exist (imagery.selection.overrides)")
     known = set(glaciers["glacier_id"])
+    modelled = set(glaciers.loc[glaciers["modelled"].astype(bool), "glacier_id"]) if "modelled" in glaciers else known
     rows: list[tuple[str, int, pd.Timestamp]] = []
     problems: list[str] = []
-    with open(path, newline="", encoding="utf-8-sig") as handle:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"override file {path} is not UTF-8 ({error}): save it as CSV UTF-8") from error
+    with io.StringIO(text, newline="") as handle:
         reader = csv.DictReader(handle)
         missing = {"glacier_id", "year", "date"} - set(reader.fieldnames or [])
         if missing:
@@ -217,6 +222,9 @@ def read_overrides(path: Path, glaciers: pd.DataFrame, years: Collection[int]) -
                 continue
             if glacier not in known:
                 problems.append(f"{where}: glacier {glacier!r} is not in the inventory")
+                continue
+            if glacier not in modelled:
+                problems.append(f"{where}: glacier {glacier!r} is not modelled, so it has no images to choose from")
                 continue
             if not year_text.isdigit() or int(year_text) not in years:
                 problems.append(f"{where}: year {year_text!r} is not one of the region")

@@ -34,6 +34,8 @@ from dl4gam_assets.stages.base import (
 from dl4gam_assets.storage import safe_name
 from dl4gam_assets.tables import TABLES
 
+#: Plates of a year that are shown with the choice; `dl4gam plate` draws any other.
+PLATES = 2
 #: Searches that wait for a STAC API at the same time.
 SEARCHES_AT_ONCE = 4
 #: Raised by one when stored searches of before can not be used any more.
@@ -347,7 +349,9 @@ def selected_scenes(ws: Workspace, year: int, *, force: bool = False) -> StageRe
             "dates": [{"date": day, "glaciers": int(n)} for day, n in days.items()],
             "overrides": 0 if overrides is None else len(overrides),
         }
-        return frame_fingerprint(scenes), metadata, {}
+        from dl4gam_assets.stages.plates import plates_of_year
+
+        return frame_fingerprint(scenes), metadata, plates_of_year(ws, year, PLATES)
 
     inputs = {
         "candidates": ws.upstream("scene_candidates", label),

@@ -185,11 +185,64 @@ def test_each_line_of_the_override_file_is_checked(tmp_path: Path) -> None:
     path.write_text("glacier_id,year,date\na,2020,2020-08-02\nb,2020,reject\n")
     read = read_overrides(path, glaciers, range(2015, 2025))
     assert read["date"].isna().tolist() == [False, True]
-    path.write_text("glacier_id,year,date\nx,2020,reject\na,1999,reject\na,2020,2.8.2020\na,2021,reject\na,2021,reject\n")
+    path.write_text(
+        "glacier_id,year,date\nx,2020,reject\na,1999,reject\na,2020,2.8.2020\na,2021,reject\na,2021,reject\n"
+    )
     with pytest.raises(SettingsError) as error:
         read_overrides(path, glaciers, range(2015, 2025))
     for words in ("line 2: glacier 'x'", "line 3: year '1999'", "line 4: date '2.8.2020'", "line 6: a has two lines"):
         assert words in str(error.value)
+
+
+def test_override_files_as_spreadsheets_write_them(tmp_path: Path) -> None:
+    glaciers = pd.DataFrame({"glacier_id": ["a", "b,1", 'c"x', "d"]})
+    path = tmp_path / "o.csv"
+    text = (
+        'glacier_id,year,date,remark\r\n"a","2020","2020-08-02","cloud, thin"\r\n'
+        '"b,1",2020, REJECT ,\r\n\r\n"c""x",2021,2021-09-01,\r\n'
+    )
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())  # byte order mark, CRLF, quotes, an empty line, a further column
+    read = read_overrides(path, glaciers, range(2015, 2025))
+    assert read["glacier_id"].tolist() == ["a", "b,1", 'c"x'] and read["year"].tolist() == [2020, 2020, 2021]
+    assert read["date"].tolist()[0] == pd.Timestamp("2020-08-02") and read["date"].isna().tolist() == [
+        False,
+        True,
+        False,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("glacier;year;date\na;2020;reject\n", "columns ['date', 'glacier_id', 'year'] are missing"),
+        ("glacier_id,year,date\na,2020,2020-08-02,2020-08-03\n", "line 2: more values than columns"),
+        ("glacier_id,year,date\na,2020\n", "line 2: date '' is neither"),
+        ("glacier_id,year,date\nsmall,2020,reject\n", "line 2: glacier 'small' is not modelled"),
+        ("glacier_id,year,date\na,2020,reject\na,2020,2020-08-02\n", "line 3: a has two lines for 2020"),
+        ("", "columns"),
+    ],
+)
+def test_what_can_be_wrong_with_an_override_file(tmp_path: Path, text: str, words: str) -> None:
+    glaciers = pd.DataFrame({"glacier_id": ["a", "small"], "modelled": [True, False]})
+    path = tmp_path / "o.csv"
+    path.write_text(text)
+    with pytest.raises(SettingsError) as error:
+        read_overrides(path, glaciers, range(2015, 2025))
+    assert words in str(error.value) and "o.csv" in str(error.value)
+
+
+def test_override_files_in_another_encoding_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "o.csv"
+    path.write_bytes("glacier_id,year,date\nGötz,2020,reject\n".encode("latin-1"))
+    with pytest.raises(SettingsError, match=r"o\.csv.*UTF-8"):
+        read_overrides(path, pd.DataFrame({"glacier_id": ["Götz"]}), range(2015, 2025))
+
+
+def test_a_header_alone_overrides_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "o.csv"
+    path.write_text("glacier_id,year,date\n")
+    read = read_overrides(path, pd.DataFrame({"glacier_id": ["g"]}), range(2015, 2025))
+    assert select_scenes(rank_candidates(_frame([{}]), S), 2020, read)["selected"].tolist() == [True]
 
 
 def test_periods_follow_the_inventory_only_in_the_baseline_year() -> None:

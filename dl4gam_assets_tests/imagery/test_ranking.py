@@ -45,7 +45,7 @@ def test_rank_positions_against_counting(rows: list[tuple[float, float, float]])
     ranked = rank_candidates(_frame(rows), SelectionSettings())
 
     def position(column: int, i: int) -> int:
-        return sum(round(other[column], 2) < round(rows[i][column], 2) for other in rows)
+        return sum(np.round(other[column], 2) < np.round(rows[i][column], 2) for other in rows)
 
     keys = [((position(0, i) + position(1, i)) / 2, rows[i][2], rows[i][0], rows[i][1], i) for i in range(len(rows))]
     expected = [sorted(keys).index(key) + 1 for key in keys]
@@ -76,6 +76,68 @@ def test_a_candidate_without_its_score_comes_after_all_that_have_it(rows: Any, r
     ranks = ranked["rank"].to_numpy(int)
     if have.any() and not have.all():
         assert ranks[have].max() < ranks[~have].min()
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    st.lists(
+        st.tuples(_cloud, st.one_of(st.none(), _score), st.one_of(st.none(), st.floats(0, 1))), min_size=2, max_size=8
+    ),
+    st.sampled_from(["rank_positions", "min_max"]),
+)
+def test_a_missing_score_never_wins(rows: Any, ranking: Any) -> None:
+    ranked = rank_candidates(_frame(rows), SelectionSettings(ranking=ranking))
+    winner = ranked[ranked["rank"] == 1]
+    complete = [n is not None and a is not None for _, n, a in rows]
+    if any(complete):
+        assert complete[int(winner.index[0])]
+    elif any(n is not None for _, n, _ in rows):
+        assert rows[int(winner.index[0])][1] is not None  # the NDSI counts for more than the albedo
+    scoreless = [n is None and a is None for _, n, a in rows]
+    assert ranked["rank"].isna().tolist() == scoreless
+    assert all("clean pixels" in text for text in ranked.loc[scoreless, "obstacle"])
+
+
+_coarse = st.sampled_from([0.0, 0.003, 0.01, 0.014, 0.1, 0.3])  # so that ties and near ties are frequent
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(_coarse, _coarse, _coarse), min_size=2, max_size=7),
+    st.booleans(),
+    st.sampled_from(["rank_positions", "min_max"]),
+    st.sampled_from([0.0, 0.02]),
+)
+def test_a_dominated_candidate_never_wins(rows: Any, with_ndsi: bool, ranking: Any, tolerance: float) -> None:
+    scores = [(c, n if with_ndsi else None, a) for c, n, a in rows]
+    limits = SelectionSettings(ranking=ranking, fallback_cloud_tolerance=tolerance)
+    ranked = rank_candidates(_frame(scores), limits)
+    values = [tuple(v for v in row if v is not None) for row in scores]
+    for i, mine in enumerate(values):
+        better = any(all(o <= m for o, m in zip(other, mine, strict=True)) and other != mine for other in values)
+        assert not (better and ranked["rank"].iloc[i] == 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(_coarse, _coarse, _coarse), min_size=2, max_size=7), st.booleans(), st.data())
+def test_the_order_of_rows_never_matters(rows: Any, with_ndsi: bool, data: Any) -> None:
+    frame = _frame([(c, n if with_ndsi else None, a) for c, n, a in rows])
+    order = data.draw(st.permutations(range(len(rows))))
+    for ranking in ("rank_positions", "min_max"):
+        limits = SelectionSettings(ranking=ranking)  # type: ignore[arg-type]
+        straight = rank_candidates(frame, limits).set_index("date")[["rank", "score"]]
+        shuffled = rank_candidates(frame.iloc[order], limits).set_index("date")[["rank", "score"]]
+        pd.testing.assert_frame_equal(straight, shuffled.loc[straight.index])
+
+
+def test_without_ndsi_close_cloud_shares_count_as_equal() -> None:
+    rows = [(0.084, None, 0.55), (0.086, None, 0.42), (0.125, None, 0.38)]  # snowier; bare; shadowed
+    assert rank_candidates(_frame(rows), SelectionSettings())["rank"].tolist() == [2, 1, 3]
+    exact = SelectionSettings(fallback_cloud_tolerance=0.0)
+    assert rank_candidates(_frame(rows), exact)["rank"].tolist() == [1, 2, 3]  # all tie at 2: the least cloud wins
+    with_ndsi = [(c, 0.1, a) for c, _, a in rows]
+    both = [rank_candidates(_frame(with_ndsi), s)["score"].tolist() for s in (SelectionSettings(), exact)]
+    assert both[0] == both[1]  # with an NDSI the published rankings are as they were
 
 
 def test_a_missing_score_does_not_win_a_tie_by_low_albedo() -> None:

@@ -52,6 +52,42 @@ def _scenes(glaciers: gpd.GeoDataFrame, region: Region, data: Path, year: int) -
     return scenes.set_index(scenes["date"].dt.strftime("%Y-%m-%d"))
 
 
+#: What a person sees on the 15 dates.
+UNUSABLE = {"2017-05-17", "2016-07-01", "2018-06-09", "2018-08-05", "2018-09-17"}  # full snow, cloud, cloud shadow
+LATE_SUMMER = {
+    2015: {"2015-09-08"},
+    2016: {"2016-08-03", "2016-08-13", "2016-09-02", "2016-09-09"},
+    2017: {"2017-08-15", "2017-08-23"},
+    2018: {"2018-09-09"},
+}
+
+
+@pytest.mark.parametrize("window", [["08-01", "10-15"], ["01-01", "12-31"]], ids=["window", "all dates"])
+@pytest.mark.parametrize("ranking", ["rank_positions", "min_max"])
+def test_an_acceptable_late_summer_date_is_chosen_each_year(
+    real_data: Path, rhone: gpd.GeoDataFrame, monkeypatch: pytest.MonkeyPatch, ranking: str, window: list[str]
+) -> None:
+    monkeypatch.setenv("DL4GAM_REAL_DATA", str(real_data))
+    region = load_region(
+        "swiss",
+        {
+            "years.baseline": 2018, "imagery.baseline": {"mode": "inventory_date"},  # every year has its window
+            "imagery.window": window, "imagery.selection.ranking": ranking,
+        },
+    )  # fmt: skip
+    seen, chosen = 0, {}
+    for year in LATE_SUMMER:
+        scenes = _scenes(rhone, region, real_data, year)
+        seen += len(scenes)
+        chosen[year] = scenes.index[scenes["selected"].astype(bool)].tolist()
+        assert not scenes["reason"].str.contains("override").any()
+        assert (scenes["snow_score"] == "brightness").all() and scenes["ndsi"].isna().all()
+    assert seen == (15 if window[0] == "01-01" else 11)
+    for year, days in chosen.items():
+        assert len(days) == 1 and days[0] in LATE_SUMMER[year] and days[0] not in UNUSABLE
+    assert chosen == {2015: ["2015-09-08"], 2016: ["2016-09-02"], 2017: ["2017-08-23"], 2018: ["2018-09-09"]}
+
+
 @pytest.mark.parametrize("ranking", ["rank_positions", "min_max"])
 def test_cloud_shadow_is_not_taken_for_bare_ice(
     real_data: Path, rhone: gpd.GeoDataFrame, monkeypatch: pytest.MonkeyPatch, ranking: str
@@ -60,12 +96,13 @@ def test_cloud_shadow_is_not_taken_for_bare_ice(
     assert list(plain.index) == ["2018-08-05", "2018-09-09", "2018-09-17"]  # 9 June is out of the window
     assert plain["cloud_share"].nunique() == 1  # only missing pixels count: nothing tells shadow
     assert plain.loc["2018-09-17", "selected"]  # the darkest, because of its shadow
-    aware = _scenes(rhone, _region(monkeypatch, real_data, ranking=ranking, shadow_nir_max=0.12), real_data, 2018)
-    shadow = aware["cloud_share"] - plain["cloud_share"]
+    assert plain["shadow_share"].isna().all()
+    aware = _scenes(rhone, _region(monkeypatch, real_data, ranking=ranking), real_data, 2018)
+    shadow = aware["shadow_share"]
     assert shadow["2018-08-05"] > 0.05 and shadow["2018-09-17"] > 0.03 and shadow["2018-09-09"] < 0.015
+    np.testing.assert_allclose(aware["cloud_share"] - plain["cloud_share"], shadow, atol=1e-12)
     assert aware.loc["2018-09-09", "selected"] and aware["selected"].sum() == 1
     assert aware.loc["2018-09-09", "reason"].startswith("selected: rank 1 of 3 (cloud 0.13, brightness 0.4")
-    assert (aware["snow_score"] == "brightness").all() and aware["ndsi"].isna().all()
 
 
 def test_snow_covered_dates_are_not_chosen(
@@ -75,10 +112,20 @@ def test_snow_covered_dates_are_not_chosen(
     in_season = _scenes(rhone, region, real_data, 2017)
     assert "2017-05-17" not in in_season.index
     assert in_season["rank"].to_dict() == {"2017-08-23": 1, "2017-08-15": 2, "2017-10-14": 3}  # October has new snow
-    # Even where the window lets the full snow of May in, it loses against any date of late summer.
+    # Even where the window lets the full snow of May in, it loses against any date of summer.
     wide = load_region("swiss", {"imagery.window": ["05-01", "10-15"]})
     everything = _scenes(rhone, wide, real_data, 2017)
-    assert everything.loc["2017-05-17", "rank"] == everything["rank"].max() == 5
+    assert everything.loc["2017-05-17", "rank"] == 4 and everything.loc["2017-10-14", "rank"] == 5
+
+
+def test_a_pixel_more_of_dark_ice_does_not_outweigh_snow(
+    real_data: Path, rhone: gpd.GeoDataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Why cloud shares that are close count as equal without NDSI: 0.0849 and 0.0851 round to different positions."""
+    strict = _scenes(rhone, _region(monkeypatch, real_data, fallback_cloud_tolerance=0.0), real_data, 2017)
+    clouds = strict["cloud_share"]
+    assert 0 < clouds["2017-08-23"] - clouds["2017-08-15"] < 0.002
+    assert strict["albedo"]["2017-08-15"] - strict["albedo"]["2017-08-23"] > 0.1
 
 
 def test_values_of_a_crs_without_a_code_land_where_they_are(real_data: Path, rhone: gpd.GeoDataFrame) -> None:
