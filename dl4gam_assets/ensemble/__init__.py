@@ -1,7 +1,7 @@
-"""Ensembles: aggregation, calibration, the area interval, threshold baselines, map files.
+"""Ensembles: aggregation, calibration, the area interval, baselines, map files.
 
 Belongs here: everything from members' logits to a calibrated map with an interval (Diaconu et al. 2025, section 7), and
-the classical thresholds that an ensemble has to beat.
+the classical methods that an ensemble has to beat.
 Does not belong here: Dagster, networks (``segmentation``), areas (``change``).
 
 Names are loaded on first use, so that importing the room costs nothing.
@@ -25,10 +25,17 @@ _HOMES = {
     "fit_tau": "intervals",
     "TauRule": "intervals",
     "fit_baseline": "baseline",
+    "fit_oracle": "baseline",
     "apply_baseline": "baseline",
+    "Forest": "random_forest",
+    "fit_forest": "random_forest",
+    "sample_pixels": "random_forest",
+    "load_forest": "random_forest",
     "write_prediction": "maps",
     "read_prediction": "maps",
     "read_prediction_tags": "maps",
+    "read_members": "maps",
+    "digits_of": "maps",
 }
 
 __all__ = sorted(_HOMES)

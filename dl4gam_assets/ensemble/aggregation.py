@@ -5,20 +5,30 @@ Belongs here: aggregation of logits. Does not belong here: fitting temperatures 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import zip_longest
 
 import numpy as np
+from scipy.special import expit
 
 
-def aggregate(logits: np.ndarray, temperatures: Sequence[float] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def aggregate(
+    logits: Iterable[np.ndarray],
+    temperatures: Sequence[float] | np.ndarray,
+    *,
+    each: Callable[[np.ndarray], object] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
     """Mean and population standard deviation of the members' temperature-scaled probabilities.
 
-    Members are added one after the other (Welford), so no stack of probabilities is held.
+    Members are added one after the other in fp32 (Welford 1962, doi:10.1080/00401706.1962.10490022), so neither logits
+    nor probabilities of all members are ever held: a generator such as ``segmentation.member_logits`` is asked for one
+    at a time. Pixels without a prediction (NaN) stay NaN.
 
     Parameters
     ----------
-    logits : float array (M, ...)
+    logits : one float array (...) a member, or an array (M, ...)
     temperatures : M positive numbers that divide the logits
+    each : called with the float32 probabilities of each member in turn, for callers that keep them
 
     Returns
     -------
@@ -29,23 +39,28 @@ def aggregate(logits: np.ndarray, temperatures: Sequence[float] | np.ndarray) ->
     ValueError
         if the numbers of members and temperatures differ, or a temperature is not positive.
     """
-    temperatures = np.asarray(temperatures, dtype=np.float32)
-    if len(logits) != len(temperatures) or not len(logits):
-        raise ValueError(f"{len(logits)} members, but {len(temperatures)} temperatures")
-    if not (temperatures > 0).all():
+    scales = np.asarray(temperatures, dtype=np.float32)
+    if not (scales > 0).all():
         raise ValueError("temperatures must be positive")
-    mean = np.zeros(logits.shape[1:], dtype=np.float32)
-    m2 = np.zeros_like(mean)
-    for count, (member, temperature) in enumerate(zip(logits, temperatures, strict=True), start=1):
-        p = sigmoid(member / temperature)
+    mean: np.ndarray = np.zeros((), dtype=np.float32)
+    m2 = mean
+    count = 0
+    for member, temperature in zip_longest(logits, scales):
+        if member is None or temperature is None:
+            raise ValueError(f"{len(scales)} temperatures, but {'fewer' if member is None else 'more'} members")
+        count += 1
+        p = sigmoid(np.asarray(member, dtype=np.float32) / temperature)
+        if each is not None:
+            each(p)
         delta = p - mean
-        mean += delta / count
-        m2 += delta * (p - mean)
-    return mean, np.sqrt(np.maximum(m2, 0) / len(logits))
+        mean = mean + delta / np.float32(count)
+        m2 = m2 + delta * (p - mean)
+    if not count:
+        raise ValueError("no members to aggregate")
+    return mean, np.sqrt(np.maximum(m2, 0) / np.float32(count))
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
     """Logistic function as float32, without overflow."""
-    x = np.asarray(x, dtype=np.float32)
-    e = np.exp(-np.abs(x))
-    return np.where(x >= 0, 1 / (1 + e), e / (1 + e)).astype(np.float32)
+    out: np.ndarray = expit(np.asarray(x, dtype=np.float32))
+    return out

@@ -30,6 +30,7 @@ _HOMES = {
     "TrainingError": "training",
     "masked_loss": "losses",
     "predict_logits": "inference",
+    "member_logits": "inference",
     "fill_gaps": "filling",
 }
 

@@ -19,7 +19,8 @@ def fill_gaps(
 
     ``settings.fill``: ``nearest`` takes the ``fill_neighbours`` (30, published) nearest usable pixels of the zone in
     the plane, ``elevation`` those nearest in elevation (the plane where a pixel has no elevation, or without a DEM).
-    Without any usable pixel nothing is changed.
+    Pixels of the zone without a prediction (NaN, where no patch of mode ``stride`` reaches) are gaps too. Without any
+    usable pixel only those are filled, from what was predicted. Outside the zone NaN stays.
 
     Parameters
     ----------
@@ -32,7 +33,10 @@ def fill_gaps(
     -------
     mean, std, and the bool array (H, W) of filled pixels.
     """
-    gaps, good = zone & ~valid, zone & valid
+    predicted = np.isfinite(mean)
+    gaps, good = zone & ~(valid & predicted), zone & valid & predicted
+    if not good.any():
+        gaps, good = zone & ~predicted, zone & predicted
     filled = np.zeros_like(zone)
     if not gaps.any() or not good.any():
         return mean, std, filled

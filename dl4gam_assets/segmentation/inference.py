@@ -6,14 +6,18 @@ Does not belong here: calibration and averages over members (``ensemble``).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
 from dl4gam_assets.settings import InferenceSettings
 
-_MULTIPLE = 32  # every encoder halves at most five times
+#: Every encoder halves at most five times, so networks are equivariant to shifts by this many pixels, not to others.
+_MULTIPLE = 32
+_STRIDE_BATCH = 16
+#: Pixels of the windows that an accelerator takes at once.
+_DEVICE_PX = 1 << 22
 
 
 def predict_logits(
@@ -24,11 +28,29 @@ def predict_logits(
     *,
     centres: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Logits of each model for a whole glacier.
+    """Logits of each model for a whole glacier, (M, H, W) float32: :func:`member_logits` of all models at once."""
+    return np.stack(list(member_logits(models, stack, settings, device, centres=centres)))
 
-    Mode ``windows``: the glacier in one piece, or, where it is larger than ``window_px``, in overlapping windows whose
-    logits are blended with a smooth weight. Mode ``stride``: patches every ``stride_px`` pixels, ``margin_share`` of
-    each dropped on every side, overlapping probabilities averaged (as published); returned as logits.
+
+def member_logits(
+    models: Sequence[torch.nn.Module],
+    stack: np.ndarray,
+    settings: InferenceSettings,
+    device: str,
+    *,
+    centres: np.ndarray | None = None,
+    zone: np.ndarray | None = None,
+) -> Iterator[np.ndarray]:
+    """Logits of one model after the other for a whole glacier, so that memory does not grow with their number.
+
+    The channels go to the device once and are shared by all models.
+
+    Mode ``windows``: the glacier in one piece, or, where it is larger than ``window_px``, in windows that overlap by
+    ``overlap_px`` or more and whose logits are blended with a smooth weight. Windows lie at multiples of 32 pixels, so
+    that the encoder sees each on the same grid as the whole; their size is the least that covers the glacier.
+
+    Mode ``stride``: patches of ``patch_px``, ``margin_share`` of each dropped on every side, overlapping probabilities
+    averaged, as published (METHOD section 6); returned as logits of those averages.
 
     Parameters
     ----------
@@ -38,33 +60,60 @@ def predict_logits(
     device : torch device name
     centres : int array (N, 2) of rows and columns, for mode ``stride`` only: patches lie around them, as the published
         ones around ``patch_centres(zone, glacier, stride_px, extremes=True)``, and pixels that no patch reaches are
-        NaN. Without them patches cover the whole grid.
+        NaN. Without them patches cover the whole grid every ``stride_px``.
+    zone : bool (H, W), for mode ``windows`` with ``context_px`` only: pixels farther than that from its box are NaN.
 
-    Returns
-    -------
-    float32 array (M, H, W).
+    Yields
+    ------
+    float32 array (H, W) of each model.
 
     Raises
     ------
     ValueError
-        if the stack is not (C, H, W) or holds NaN, or ``overlap_px`` is not below ``window_px``.
+        if the stack is not (C, H, W) or holds NaN, or ``overlap_px`` is not well below ``window_px``.
     """
     if stack.ndim != 3 or not np.isfinite(stack).all():
         raise ValueError(f"the stack must be (C, H, W) without NaN: normalize it first (its shape is {stack.shape})")
-    if settings.mode == "windows" and settings.overlap_px >= settings.window_px:
-        raise ValueError(f"inference.overlap_px ({settings.overlap_px}) must be below window_px ({settings.window_px})")
-    x = torch.from_numpy(np.ascontiguousarray(stack, dtype=np.float32))
-    low = _low_precision(settings, device)
-    with torch.inference_mode(), torch.autocast(device.split(":")[0], dtype=torch.bfloat16, enabled=low):
-        if settings.mode == "stride":
-            return np.stack([_stride(m, x, settings, device, centres) for m in models])
-        return _windows(models, x, settings, device)
+    if settings.mode == "windows" and settings.overlap_px > settings.window_px - _MULTIPLE:
+        raise ValueError(
+            f"inference.overlap_px ({settings.overlap_px}) must be {_MULTIPLE} or more below window_px "
+            f"({settings.window_px})"
+        )
+    box = (slice(None), slice(None))
+    if zone is not None and zone.any() and settings.context_px is not None and settings.mode == "windows":
+        box = _box(zone, settings.context_px)
+    x = torch.from_numpy(np.ascontiguousarray(stack[:, *box], dtype=np.float32)).to(device)
+    low = low_precision(settings, device)
+
+    def one(model: torch.nn.Module) -> np.ndarray:
+        # Entered for each model: a generator that rests inside these contexts would leave them on for its caller.
+        with torch.inference_mode(), torch.autocast(device.split(":")[0], dtype=torch.bfloat16, enabled=low):
+            if settings.mode == "stride":
+                return _stride(model, x, settings, centres)
+            if x.shape[1:] == stack.shape[1:]:
+                return _windows(model, x, settings)
+            out = np.full(stack.shape[1:], np.nan, dtype=np.float32)
+            out[box] = _windows(model, x, settings)
+            return out
+
+    return (one(model) for model in models)
 
 
-def _low_precision(settings: InferenceSettings, device: str) -> bool:
-    """Whether to compute in bf16: on request, or where the hardware is fast with it."""
+def _box(zone: np.ndarray, context: int) -> tuple[slice, slice]:
+    """Rows and columns of the zone and ``context`` pixels around it, inside the grid."""
+    rows, columns = np.flatnonzero(zone.any(axis=1)), np.flatnonzero(zone.any(axis=0))
+    return (
+        slice(max(int(rows[0]) - context, 0), int(rows[-1]) + 1 + context),
+        slice(max(int(columns[0]) - context, 0), int(columns[-1]) + 1 + context),
+    )
+
+
+def low_precision(settings: InferenceSettings, device: str) -> bool:
+    """Whether to compute in bf16: on request; with ``auto`` in mode ``windows`` where the hardware is fast with it."""
     if settings.precision != "auto":
         return settings.precision == "bf16"
+    if settings.mode == "stride":
+        return False
     if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported()
     if device == "cpu":
@@ -89,63 +138,84 @@ def _up(size: int) -> int:
     return -(-size // _MULTIPLE) * _MULTIPLE
 
 
-def _windows(
-    models: Sequence[torch.nn.Module], x: torch.Tensor, settings: InferenceSettings, device: str
-) -> np.ndarray:
+def _windows(model: torch.nn.Module, x: torch.Tensor, settings: InferenceSettings) -> np.ndarray:
     height, width = x.shape[1:]
-    size = settings.window_px
-    total = torch.zeros((len(models), height, width), dtype=torch.float32)
-    weights = torch.zeros((height, width), dtype=torch.float32)
-    for top, bottom in _spans(height, size, settings.overlap_px):
-        for left, right in _spans(width, size, settings.overlap_px):
-            h, w = bottom - top, right - left
-            window = _padded(x[:, top:bottom, left:right], _up(h), _up(w))
-            batch = window[None].to(device, memory_format=torch.channels_last)
-            ramp = _ramp(h, top > 0, bottom < height, settings.overlap_px)[:, None] * _ramp(
-                w, left > 0, right < width, settings.overlap_px
-            )
-            weights[top:bottom, left:right] += ramp
-            for k, model in enumerate(models):
-                logits = model(batch)[0, 0, :h, :w].float().cpu()
-                total[k, top:bottom, left:right] += logits * ramp
-    return (total / weights).numpy()
+    rows = _spans(height, settings.window_px, settings.overlap_px)
+    columns = _spans(width, settings.window_px, settings.overlap_px)
+    down, across = (
+        [torch.from_numpy(w).to(x.device) for w in blend_weights(spans)] for spans in (rows, columns)
+    )  # fmt: skip
+    by_shape: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for i, (top, bottom) in enumerate(rows):
+        for j, (left, right) in enumerate(columns):
+            by_shape.setdefault((_up(bottom - top), _up(right - left)), []).append((i, j))
+    total = torch.zeros((height, width), dtype=torch.float32, device=x.device)
+    for shape, group in by_shape.items():
+        # Several windows at once fill an accelerator; a processor gains nothing from it at these sizes.
+        at_once = 1 if x.device.type == "cpu" else max(_DEVICE_PX // (shape[0] * shape[1]), 1)
+        for first in range(0, len(group), at_once):
+            chosen = group[first : first + at_once]
+            where = [(slice(*rows[i]), slice(*columns[j])) for i, j in chosen]
+            batch = torch.stack([_padded(x[:, a, b], *shape) for a, b in where])
+            found = model(batch.contiguous(memory_format=torch.channels_last))[:, 0].float()
+            for (i, j), place, logits in zip(chosen, where, found, strict=True):
+                weight = down[i][:, None] * across[j]
+                total[place] += logits[: weight.shape[0], : weight.shape[1]] * weight
+    out: np.ndarray = total.cpu().numpy()
+    return out
 
 
 def _spans(length: int, size: int, overlap: int) -> list[tuple[int, int]]:
-    """Windows over a length: one if it fits, otherwise of ``size`` with at least ``overlap`` in common."""
+    """Windows over a length: one if it fits, otherwise the fewest of at most ``size`` with at least ``overlap`` in
+    common, all starts at multiples of 32, and then no larger than that number of them needs."""
     if length <= size:
         return [(0, length)]
-    count = -(-(length - overlap) // (size - overlap))
-    starts = np.linspace(0, length - size, count).round().astype(int)
-    return [(int(s), int(s) + size) for s in starts]
+    count = 1 + -(-(length - size) // _step(size, overlap))
+    needed = size
+    while (
+        needed > overlap + _MULTIPLE and (count - 1) * _step(needed - _MULTIPLE, overlap) + needed - _MULTIPLE >= length
+    ):
+        needed -= _MULTIPLE
+    step = _step(needed, overlap)
+    return [(k * step, min(k * step + needed, length)) for k in range(count)]
 
 
-def _ramp(length: int, before: bool, after: bool, overlap: int) -> torch.Tensor:
-    """Weight along one side of a window: a raised cosine over the overlap towards a neighbour, 1 elsewhere."""
-    ramp = torch.ones(length)
-    n = min(overlap, length // 2)
-    if n:
-        rise = 0.5 - 0.5 * torch.cos(torch.pi * (torch.arange(n) + 0.5) / n)
-        if before:
-            ramp[:n] *= rise
-        if after:
-            ramp[-n:] *= rise.flip(0)
-    return ramp.clamp(min=1e-3)
+def _step(size: int, overlap: int) -> int:
+    return max((size - overlap) // _MULTIPLE, 1) * _MULTIPLE
+
+
+def blend_weights(spans: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+    """Weights of windows along one side, float32 arrays as long as each window, which add up to 1 at every pixel.
+
+    Over what two neighbours share a raised cosine leads from one to the other. The outer quarter of it on each side
+    has weight 0: a network knows least there, where its convolutions reach over the window's edge.
+    """
+    ramps = [np.ones(stop - start) for start, stop in spans]
+    for k in range(len(spans) - 1):
+        n = spans[k][1] - spans[k + 1][0]
+        if n > 0:
+            rise = 0.5 - 0.5 * np.cos(np.pi * np.clip(2 * (np.arange(n) + 0.5) / n - 0.5, 0, 1))
+            ramps[k][-n:] *= 1 - rise
+            ramps[k + 1][:n] *= rise
+    total = np.zeros(spans[-1][1])
+    for (start, stop), ramp in zip(spans, ramps, strict=True):
+        total[start:stop] += ramp
+    return [(r / total[start:stop]).astype(np.float32) for (start, stop), r in zip(spans, ramps, strict=True)]
 
 
 def _stride(
-    model: torch.nn.Module, x: torch.Tensor, settings: InferenceSettings, device: str, centres: np.ndarray | None
+    model: torch.nn.Module, x: torch.Tensor, settings: InferenceSettings, centres: np.ndarray | None
 ) -> np.ndarray:
     size, height, width = settings.patch_px, x.shape[1], x.shape[2]
     x = _padded(x, max(height, size), max(width, size))
     drop = int(size * settings.margin_share)
-    total = torch.zeros(x.shape[1:], dtype=torch.float64)
-    count = torch.zeros(x.shape[1:], dtype=torch.float64)
+    total = torch.zeros(x.shape[1:], dtype=torch.float32, device=x.device)
+    count = torch.zeros_like(total)
     positions = _positions(x.shape[1], x.shape[2], size, settings.stride_px, centres)
-    for first in range(0, len(positions), 16):
-        group = positions[first : first + 16]
+    for first in range(0, len(positions), _STRIDE_BATCH):
+        group = positions[first : first + _STRIDE_BATCH]
         batch = torch.stack([x[:, t : t + size, left : left + size] for t, left in group])
-        probability = torch.sigmoid(model(batch.to(device, memory_format=torch.channels_last)).float())[:, 0].cpu()
+        probability = torch.sigmoid(model(batch.contiguous(memory_format=torch.channels_last)).float())[:, 0]
         for p, (t, left) in zip(probability, group, strict=True):
             # At the border of the grid nothing else covers the margin, so it is kept there.
             a = 0 if t == 0 else drop
@@ -155,7 +225,8 @@ def _stride(
             total[t + a : t + b, left + c : left + d] += p[a:b, c:d]
             count[t + a : t + b, left + c : left + d] += 1
     mean = (total / count)[:height, :width].clamp(1e-7, 1 - 1e-7)  # 0 / 0, NaN, where no patch lies
-    return torch.logit(mean).float().numpy()
+    out: np.ndarray = torch.logit(mean).cpu().numpy()
+    return out
 
 
 def _positions(height: int, width: int, size: int, stride: int, centres: np.ndarray | None) -> list[tuple[int, int]]:

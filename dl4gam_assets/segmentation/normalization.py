@@ -82,8 +82,11 @@ def normalize(stack: np.ndarray, channels: Sequence[str], statistics: pd.DataFra
     if len(stack) != len(channels):
         raise ValueError(f"the stack has {len(stack)} layers, but there are {len(channels)} channels")
     shift, scale, fill = affine(channels, statistics)
-    out = (stack.astype(np.float32, copy=False) - shift[:, None, None]) / scale[:, None, None]
-    return np.where(np.isfinite(out), out, fill[:, None, None])
+    out = np.empty(stack.shape, dtype=np.float32)
+    for layer, raw, a, b, missing in zip(out, stack, shift, scale, fill, strict=True):  # a layer of scratch memory
+        np.divide(raw.astype(np.float32, copy=False) - a, b, out=layer)
+        layer[~np.isfinite(layer)] = missing
+    return out
 
 
 def affine(channels: Sequence[str], statistics: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -23,8 +24,13 @@ from dl4gam_assets.stages.base import (
     run_stage,
     year_fold_label,
 )
-from dl4gam_assets.stages.training import _threads, calibration_of, logits_of
+from dl4gam_assets.stages.training import _threads, calibration_of, forest_path, logits_of
 from dl4gam_assets.tables import TABLES
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from dl4gam_assets.ensemble.random_forest import Forest
 
 
 def prediction_of(
@@ -32,7 +38,7 @@ def prediction_of(
 ) -> dict[str, Any]:
     """Map one glacier unless the file made from the same inputs is there; runs in a worker process."""
     from dl4gam_assets.cubes import cube_mask, open_cube
-    from dl4gam_assets.ensemble import aggregate, read_prediction_tags, tau_features, write_prediction
+    from dl4gam_assets.ensemble import aggregate, digits_of, read_prediction_tags, tau_features, write_prediction
     from dl4gam_assets.segmentation import fill_gaps
 
     storage = site.storage
@@ -45,8 +51,10 @@ def prediction_of(
     start = time.perf_counter()
     temperatures, hashes = calibration_of(site, fold)
     with storage.reading(storage.cube(year, glacier_id)) as local, open_cube(local) as cube:
-        logits, valid = logits_of(site, cube, fold, device, threads)
-        mean, std = aggregate(logits, temperatures)
+        stream, valid = logits_of(site, cube, fold, device, threads)
+        kept: list[np.ndarray] = []
+        keep = (lambda p: kept.append(digits_of(p))) if site.region.inference.keep_members else None
+        mean, std = aggregate(stream, temperatures, each=keep)
         zone = cube_mask(cube, "zone_50")
         dem = cube["dem"].to_numpy() if "dem" in cube else None
         mean, std, filled = fill_gaps(mean, std, valid, zone, dem, site.region.inference)
@@ -73,7 +81,7 @@ def prediction_of(
         "image_date": image_date, "fold": fold_label(fold), "region": site.region.name,
     }  # fmt: skip
     with storage.writing(path) as temporary:
-        write_prediction(temporary, mean, std, grid, tags)
+        write_prediction(temporary, mean, std, grid, tags, dict(enumerate(kept, start=1)))
     return row
 
 
@@ -152,11 +160,32 @@ def glacier_predictions(ws: Workspace, year: int, fold: int, *, force: bool = Fa
     return run_stage(ws, "glacier_predictions", label, inputs, work, force=force)
 
 
-def evaluation_of(site: Site, fold: int, glacier_id: str) -> pd.DataFrame:
-    """Evaluation rows of one held-out glacier: ensemble and baselines; runs in a worker process."""
+@functools.lru_cache(maxsize=1)
+def _forest(site: Site, fold: int, stamp: str) -> Forest:
+    """The fold's Random Forest, read once a process while ``stamp`` (of the baseline) is the same."""
+    from dl4gam_assets.ensemble import load_forest
+
+    with site.storage.reading(forest_path(site, fold)) as local:
+        return load_forest(local, site.region.model.channels)
+
+
+def _not_judged(cube: xr.Dataset, where: np.ndarray) -> xr.Dataset:
+    """The cube with more unusable pixels, which no method is judged on."""
+    layer = cube["mask"]
+    bit = np.uint16(1 << str(layer.attrs["flag_meanings"]).split().index("not_ok"))
+    return cube.assign(mask=layer.copy(data=layer.to_numpy().astype(np.uint16) | np.where(where, bit, np.uint16(0))))
+
+
+def evaluation_of(site: Site, fold: int, glacier_id: str, stamp: str) -> pd.DataFrame:
+    """Evaluation rows of one held-out glacier: ensemble and baselines; runs in a worker process.
+
+    All methods are judged on the same pixels: where the ensemble made no prediction (far from the
+    glacier, with mode ``stride`` or ``context_px``) none is. ``stamp`` is the fingerprint of the fold's baselines.
+    """
     from dl4gam_assets.change import evaluate_glacier
-    from dl4gam_assets.cubes import cube_mask, open_cube
-    from dl4gam_assets.ensemble import apply_baseline, read_prediction
+    from dl4gam_assets.cubes import channel_stack, cube_mask, open_cube
+    from dl4gam_assets.ensemble import apply_baseline, fit_oracle, read_prediction
+    from dl4gam_assets.ensemble.random_forest import METHOD
     from dl4gam_assets.inventory import outline_mask
 
     storage, year = site.storage, site.region.years.baseline
@@ -164,13 +193,25 @@ def evaluation_of(site: Site, fold: int, glacier_id: str) -> pd.DataFrame:
     with storage.reading(storage.cube(year, glacier_id)) as local, open_cube(local) as opened:
         cube = opened.load()
     with storage.reading(storage.prediction(year, glacier_id)) as local:
-        masks = {"ensemble": read_prediction(local)["mean"] >= site.region.inference.threshold}
+        mean = read_prediction(local)["mean"]
+    masks = {"ensemble": mean >= site.region.inference.threshold}
+    if np.isnan(mean).any():
+        cube = _not_judged(cube, np.isnan(mean))
     bands = {str(b): cube["reflectance"].sel(band=b).to_numpy() for b in cube["band"].to_numpy()}
     # What a map without any skill would get: where most pixels are ice, that is a lot.
     masks["everything is glacier"] = np.ones(masks["ensemble"].shape, dtype=bool)
+    outline, cell, valid = (cube_mask(cube, "glacier"), cube_mask(cube, "cell"), ~cube_mask(cube, "not_ok"))
+    assert outline.any(), f"{glacier_id}: the cube does not contain its glacier"
     for _, row in baselines.iterrows():
-        masks[str(row["method"])] = apply_baseline(bands, row)
-    assert cube_mask(cube, "glacier").any(), f"{glacier_id}: the cube does not contain its glacier"
+        if row["method"] == METHOD:
+            judged = valid & (cell | outline | cube_mask(cube, "zone_50"))
+            stack, _ = channel_stack(cube, site.region.model.channels)
+            masks[METHOD] = _forest(site, fold, stamp).probability(stack, judged) >= 0.5
+        else:
+            masks[str(row["method"])] = apply_baseline(bands, row)
+    sample = (bands, cube_mask(cube, "any_glacier"), valid & cell, float(outline.sum()))
+    oracle = fit_oracle(sample, list(bands)).iloc[0]
+    masks[str(oracle["method"])] = apply_baseline(bands, oracle)
     settings, second = site.region.evaluation, None
     if settings.reference is not None:
         second = outline_mask(site.data_root / settings.reference, settings.reference_layer, cube.odc.geobox)
@@ -189,7 +230,9 @@ def evaluation(ws: Workspace, fold: int, *, force: bool = False) -> StageResult:
         from dl4gam_assets.change import pooled_scores
 
         ids = ws.storage.read_table("predictions", year=baseline, fold=fold)["glacier_id"].tolist()
-        values, failures = ws.over_glaciers("evaluation", label, evaluation_of, [(g, (ws.site, fold, g)) for g in ids])
+        stamp = str(inputs["baseline"])
+        tasks = [(g, (ws.site, fold, g, stamp)) for g in ids]
+        values, failures = ws.over_glaciers("evaluation", label, evaluation_of, tasks)
         frames = [f.assign(glacier_id=g, role="test") for g, f in values.items()]
         frame = pd.concat(frames, ignore_index=True) if frames else TABLES["evaluation"].empty().drop(columns="fold")
         ws.storage.write_table("evaluation", frame, {"fold": fold})
@@ -204,7 +247,7 @@ def evaluation(ws: Workspace, fold: int, *, force: bool = False) -> StageResult:
             metadata["read_this_first"] = ws.region.evaluation.note
         return frame_fingerprint(frame), metadata, {}
 
-    inputs = {
+    inputs: dict[str, Any] = {
         "predictions": ws.upstream("glacier_predictions", year_fold_label(baseline, fold)),
         "baseline": ws.upstream("band_ratio_baseline", label),
         "threshold": ws.region.inference.threshold,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import time
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from upath import UPath
 
 from dl4gam_assets.compute import Done, choose_device, default_workers
 from dl4gam_assets.settings import Region, TrainingSettings, fingerprint
@@ -299,7 +301,7 @@ def manifest_of(site: Site, fold: int) -> list[dict[str, Any]]:
     return sorted(manifest["members"], key=lambda m: m["member"])
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=1)  # partitions come fold by fold, and ten networks of the paper are a gigabyte
 def load_ensemble(site: Site, fold: int, hashes: tuple[str, ...], device: str, threads: int | None) -> Any:
     """Models and statistics of a fold, loaded once a process; refused unless their hashes are those of the manifest and
     they were trained on the region's channels with the fold's normalization."""
@@ -318,20 +320,38 @@ def load_ensemble(site: Site, fold: int, hashes: tuple[str, ...], device: str, t
     return models, statistics
 
 
-def logits_of(site: Site, cube: Any, fold: int, device: str, threads: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Logits of all members (M, H, W) float32 and the valid mask (H, W) of an open cube."""
-    from dl4gam_assets.cubes import channel_stack
-    from dl4gam_assets.segmentation import normalize, predict_logits
+def logits_of(
+    site: Site, cube: Any, fold: int, device: str, threads: int | None
+) -> tuple[Iterator[np.ndarray], np.ndarray]:
+    """Logits (H, W) float32 of one member after the other, and the valid mask (H, W), of an open cube.
+
+    In mode ``stride`` patches lie around the published centres; pixels that none of them reaches are NaN, and so are
+    those beyond ``context_px``.
+    """
+    from dl4gam_assets.cubes import channel_stack, cube_mask
+    from dl4gam_assets.segmentation import member_logits, normalize, patch_centres
 
     hashes = tuple(m["sha256"] for m in manifest_of(site, fold))
     models, statistics = load_ensemble(site, fold, hashes, device, threads)
-    stack, valid = channel_stack(cube, site.region.model.channels)
-    ready = normalize(stack, site.region.model.channels, statistics)
-    return predict_logits(models, ready, site.region.inference, device), valid
+    inference, channels = site.region.inference, site.region.model.channels
+    stack, valid = channel_stack(cube, channels)
+    zone, glacier = cube_mask(cube, "zone_50"), cube_mask(cube, "glacier")
+    centres = None
+    if inference.mode == "stride":
+        centres = patch_centres(zone, glacier, inference.stride_px, extremes=True)
+    ready = normalize(stack, channels, statistics)
+    return member_logits(models, ready, inference, device, centres=centres, zone=zone | glacier), valid
 
 
-def validation_of(site: Site, fold: int, glacier_id: str, device: str, threads: int | None) -> dict[str, Any]:
-    """Logits of one validation glacier with what calibration needs of it; runs in a worker process."""
+def validation_of(
+    site: Site, fold: int, glacier_id: str, device: str, threads: int | None, share: float, seed: int
+) -> dict[str, Any]:
+    """What calibration needs of one validation glacier; runs in a worker process.
+
+    A uniform sample of the valid pixels of its cell (``sample_logits`` (M, N), ``sample_labels`` (N,)), drawn here, and
+    logits and masks cut to the box of its 50 m zone, so that the memory of a fold's validation glaciers goes with their
+    area, not with their cubes.
+    """
     from dl4gam_assets.cubes import cube_mask, open_cube
 
     storage = site.storage
@@ -339,17 +359,31 @@ def validation_of(site: Site, fold: int, glacier_id: str, device: str, threads: 
         storage.reading(storage.cube(site.region.years.baseline, glacier_id)) as local,
         open_cube(local) as cube,
     ):
-        logits, valid = logits_of(site, cube, fold, device, threads)
+        stream, valid = logits_of(site, cube, fold, device, threads)
+        names = {"zone": "zone_50", "allowed": "zone_20", "outline": "glacier"}
+        masks = {key: cube_mask(cube, name) for key, name in names.items()}
+        wanted = masks["zone"] | masks["outline"]
+        rows, columns = np.flatnonzero(wanted.any(axis=1)), np.flatnonzero(wanted.any(axis=0))
+        box = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] if len(rows) else np.s_[:, :]
+        usable, chosen = valid & cube_mask(cube, "cell"), np.empty(0, dtype=int)
+        logits, sampled = [], []
+        for member, layer in enumerate(stream):
+            if member == 0:
+                # The same pixels for all members; those that no patch reaches have no logits in any of them.
+                places = np.flatnonzero(usable & np.isfinite(layer))
+                rng = np.random.default_rng([seed, zlib.crc32(glacier_id.encode())])
+                size = max(round(share * places.size), min(places.size, 1))
+                chosen = rng.choice(places, size=size, replace=False)
+            logits.append(layer[box].copy())
+            sampled.append(layer.ravel()[chosen])
         pixel = abs(cube.odc.geobox.resolution.x * cube.odc.geobox.resolution.y) / 1e6
         return {
-            "logits": logits,
-            "valid": valid,
-            "target": cube_mask(cube, "any_glacier"),
-            "zone": cube_mask(cube, "zone_50"),
-            "allowed": cube_mask(cube, "zone_20"),
-            "outline": cube_mask(cube, "glacier"),
-            "cell": cube_mask(cube, "cell"),
-            "dem": cube["dem"].to_numpy() if "dem" in cube else None,
+            "sample_logits": np.stack(sampled),
+            "sample_labels": cube_mask(cube, "any_glacier").ravel()[chosen],
+            "logits": np.stack(logits),
+            "valid": valid[box],
+            **{name: mask[box] for name, mask in masks.items()},
+            "dem": cube["dem"].to_numpy()[box] if "dem" in cube else None,
             "pixel_km2": float(pixel),
         }
 
@@ -370,19 +404,19 @@ def calibration(ws: Workspace, fold: int, *, force: bool = False) -> StageResult
         from dl4gam_assets.segmentation import fill_gaps
 
         ids = members_of(ws, fold, "valid")
-        device = choose_device(ws.device)
+        device, seed = choose_device(ws.device), ws.region.training.seed + fold
         values, _ = ws.over_glaciers(
             "calibration",
             label,
             validation_of,
-            [(g, (ws.site, fold, g, device, _threads(ws, device))) for g in ids],
+            [(g, (ws.site, fold, g, device, _threads(ws, device), settings.pixel_share, seed)) for g in ids],
         )
         if not values:
             raise UpstreamError(
                 f"fold {fold}: none of its {len(ids)} validation glaciers could be predicted (see failures)"
             )
-        rng = np.random.default_rng(ws.region.training.seed + fold)
-        logits, labels = _pixel_sample(list(values.values()), settings.pixel_share, rng)
+        logits = np.concatenate([value["sample_logits"] for value in values.values()], axis=1)
+        labels = np.concatenate([value["sample_labels"] for value in values.values()])
         temperatures = [science.fit_temperature(row, labels, settings.temperature_bounds) for row in logits]
         before, _ = science.aggregate(logits, np.ones(len(logits)))
         after, _ = science.aggregate(logits, np.asarray(temperatures))
@@ -443,46 +477,36 @@ def _threads(ws: Workspace, device: str) -> int | None:
     return max(default_workers() // ws.mapper.workers, 1) if device == "cpu" else None
 
 
-def _pixel_sample(
-    values: list[dict[str, Any]], share: float, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """Uniform sample of the valid pixels of the validation glaciers' cells: logits (M, N) and labels (N,)."""
-    logits, labels = [], []
-    for value in values:
-        flat = np.flatnonzero(value["valid"] & value["cell"])
-        size = max(round(share * flat.size), min(flat.size, 1))
-        chosen = rng.choice(flat, size=size, replace=False)
-        logits.append(value["logits"].reshape(len(value["logits"]), -1)[:, chosen])
-        labels.append(value["target"].ravel()[chosen])
-    return np.concatenate(logits, axis=1), np.concatenate(labels)
-
-
 # --------------------------------------------------------------------------------------------- baseline
 def band_ratio_baseline(ws: Workspace, fold: int, *, force: bool = False) -> StageResult:
-    """Fit the classical threshold on the fold's training and validation glaciers."""
+    """Fit the classical threshold on the fold's training and validation glaciers, and a Random Forest on pixels of the
+    training glaciers; each cube is read once for both."""
     label = fold_label(fold)
+    settings, channels = ws.region.baseline, ws.region.model.channels
 
     def work() -> tuple[str, dict[str, Any], dict[str, bytes]]:
-        from dl4gam_assets.cubes import cube_mask, open_cube
-        from dl4gam_assets.ensemble import fit_baseline
+        from dl4gam_assets.cubes import channel_stack, cube_mask, open_cube
+        from dl4gam_assets.ensemble import fit_baseline, fit_forest, sample_pixels
+        from dl4gam_assets.ensemble.random_forest import METHOD
 
-        ids = [*members_of(ws, fold, "train"), *members_of(ws, fold, "valid")]
+        train = members_of(ws, fold, "train")
+        ids = [*train, *members_of(ws, fold, "valid")]
         storage, year = ws.storage, ws.region.years.baseline
+        of_forest = set(train) if settings.random_forest else set()
+        count, rng = max(settings.pixels // len(train), 1), np.random.default_rng([ws.region.training.seed, fold])
+        drawn: list[tuple[np.ndarray, np.ndarray]] = []
 
         def samples() -> Iterator[tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, float]]:
             for glacier_id in ids:
                 with storage.reading(storage.cube(year, glacier_id)) as local, open_cube(local) as cube:
                     bands = {str(b): cube["reflectance"].sel(band=b).to_numpy() for b in cube["band"].to_numpy()}
+                    target = cube_mask(cube, "any_glacier")
                     valid = ~cube_mask(cube, "not_ok") & cube_mask(cube, "cell")
-                    yield (
-                        bands,
-                        cube_mask(cube, "any_glacier"),
-                        valid,
-                        float(cube_mask(cube, "glacier").sum()),
-                    )
+                    if glacier_id in of_forest:
+                        drawn.append(sample_pixels(channel_stack(cube, channels)[0], valid, target, count, rng))
+                    yield bands, target, valid, float(cube_mask(cube, "glacier").sum())
 
         frame = fit_baseline(samples(), list(ws.region.imagery.sensor.bands))
-        ws.storage.write_table("baseline", frame, {"fold": fold})
         best = frame.sort_values("fit_iou").iloc[-1]
         metadata = {
             "glaciers": len(ids),
@@ -490,10 +514,30 @@ def band_ratio_baseline(ws: Workspace, fold: int, *, force: bool = False) -> Sta
             "ratio_threshold": float(best["ratio_threshold"]),
             "fit_iou": float(best["fit_iou"]),
         }
-        return frame_fingerprint(frame), metadata, {}
+        sha256 = None
+        if drawn:
+            x, y = (np.concatenate(part) for part in zip(*drawn, strict=True))
+            forest = fit_forest(x, y, channels, settings, ws.region.training.seed + fold, ws.mapper.workers)
+            with storage.writing(forest_path(ws.site, fold)) as temporary:
+                sha256 = forest.save(temporary)
+            frame = pd.concat([frame, pd.DataFrame([{"method": METHOD}])], ignore_index=True)
+            metadata |= {"forest_pixels": len(y), "forest_trees": len(forest.roots), "forest_sha256": sha256}
+        storage.write_table("baseline", frame, {"fold": fold})
+        return fingerprint([frame_fingerprint(frame), sha256]), metadata, {}
 
-    inputs = {"cubes": _baseline_cubes(ws), "folds": ws.upstream("cross_validation_folds")}
+    inputs = {
+        "cubes": _baseline_cubes(ws),
+        "folds": ws.upstream("cross_validation_folds"),
+        "settings": settings.model_dump(mode="json"),
+        "channels": channels,
+        "seed": ws.region.training.seed,
+    }
     return run_stage(ws, "band_ratio_baseline", label, inputs, work, force=force)
+
+
+def forest_path(site: Site, fold: int) -> UPath:
+    """File of a fold's Random Forest."""
+    return site.storage.path("models", f"fold={fold}", "random_forest.safetensors")
 
 
 def calibration_of(site: Site, fold: int) -> tuple[np.ndarray, str]:

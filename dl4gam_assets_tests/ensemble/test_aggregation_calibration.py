@@ -39,10 +39,20 @@ def test_one_member_has_no_spread_and_extremes_are_finite() -> None:
     assert (std == 0).all()
 
 
+def test_what_was_not_predicted_stays_so() -> None:
+    mean, std = aggregate(iter([np.array([np.nan, 2.0], np.float32)] * 3), [1.0, 2.0, 3.0])
+    np.testing.assert_array_equal(np.isnan(mean), [True, False])
+    np.testing.assert_array_equal(np.isnan(std), [True, False])
+
+
 def test_refusals() -> None:
     logits = np.zeros((2, 3), np.float32)
-    with pytest.raises(ValueError, match="2 members, but 1 temperatures"):
+    with pytest.raises(ValueError, match="1 temperatures, but more members"):
         aggregate(logits, [1.0])
+    with pytest.raises(ValueError, match="3 temperatures, but fewer members"):
+        aggregate(iter(logits), [1.0, 1.0, 1.0])
+    with pytest.raises(ValueError, match="no members"):
+        aggregate([], [])
     with pytest.raises(ValueError, match="must be positive"):
         aggregate(logits, [1.0, 0.0])
     with pytest.raises(ValueError, match="no validation pixels"):

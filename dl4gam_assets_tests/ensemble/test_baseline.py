@@ -11,14 +11,14 @@ import rasterio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dl4gam_assets.ensemble import apply_baseline, fit_baseline
+from dl4gam_assets.ensemble import apply_baseline, fit_baseline, fit_oracle
 from dl4gam_assets.ensemble.baseline import BLUES, LEVELS, RATIOS, VISIBLE_RATIOS, Sample
 from dl4gam_assets.tables import TABLES
 
 
 def _glaciers(seed: int, bands: list[str], count: int = 3) -> list[Sample]:
     rng = np.random.default_rng(seed)
-    out = []
+    out: list[Sample] = []
     for _ in range(count):
         shape = (rng.integers(2, 9), rng.integers(2, 9))
         # On a grid, so that many values tie with thresholds; some negative, as atmospheric correction makes them.
@@ -69,6 +69,20 @@ def test_the_best_of_all_thresholds_is_found(bands: list[str], seed: int) -> Non
     assert _score(samples, row.to_dict()) == pytest.approx(row["fit_iou"], abs=1e-9)
     best = max(_score(samples, r) for r in _every(bands))
     assert row["fit_iou"] == pytest.approx(best, abs=1e-9)
+
+
+@pytest.mark.parametrize("bands", [["blue", "red", "swir16"], ["blue", "red", "nir"]])
+def test_the_oracle_is_an_upper_bound_on_each_glacier(bands: list[str]) -> None:
+    samples = _glaciers(11, bands, 4)
+    regional = fit_baseline(samples, bands).iloc[0]
+    names, better = set(), 0
+    for sample in samples:
+        oracle = fit_oracle(sample, bands).iloc[0]
+        names.add(str(oracle["method"]))
+        own, shared = _score([sample], oracle.to_dict()), _score([sample], regional.to_dict())
+        assert own >= shared - 1e-12 and own == pytest.approx(oracle["fit_iou"], abs=1e-9)
+        better += own > shared
+    assert better and names == {"band ratio red/swir16 (oracle)" if "swir16" in bands else "best threshold (oracle)"}
 
 
 def test_large_glaciers_decide() -> None:

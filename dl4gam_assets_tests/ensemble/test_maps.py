@@ -10,7 +10,7 @@ import rasterio
 from affine import Affine
 from odc.geo.geobox import GeoBox
 
-from dl4gam_assets.ensemble import read_prediction, read_prediction_tags, write_prediction
+from dl4gam_assets.ensemble import digits_of, read_members, read_prediction, read_prediction_tags, write_prediction
 
 
 def _grid(shape: tuple[int, int]) -> GeoBox:
@@ -37,6 +37,23 @@ def test_maps_come_back(tmp_path: Path, shape: tuple[int, int]) -> None:
         assert source.tags(ns="IMAGE_STRUCTURE").get("LAYOUT") == "COG"
         assert source.dtypes == ("uint16", "uint16") and source.nodata == 65535
         assert all(source.descriptions) and source.scales == (2e-5, 2e-5)
+
+
+def test_members_are_further_bands_that_maps_do_without(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    members = rng.random((3, 40, 50)).astype(np.float32)
+    members[:, 0, 0] = np.nan
+    mean, std = members.mean(axis=0), members.std(axis=0)
+    kept = {number: digits_of(layer) for number, layer in enumerate(members, start=1)}
+    write_prediction(tmp_path / "kept.tif", mean, std, _grid((40, 50)), {}, kept)
+    write_prediction(tmp_path / "plain.tif", mean, std, _grid((40, 50)), {})
+    np.testing.assert_allclose(read_members(tmp_path / "kept.tif"), members, atol=1.1e-5, equal_nan=True)
+    assert read_members(tmp_path / "plain.tif").shape == (0, 40, 50)
+    one, two = (read_prediction(tmp_path / f"{name}.tif") for name in ("kept", "plain"))
+    for name in ("mean", "std"):
+        np.testing.assert_array_equal(one[name], two[name])
+    with rasterio.open(tmp_path / "kept.tif") as source:
+        assert source.descriptions[4] == "glacier probability (member 03, before filling)"
 
 
 def test_what_is_no_map_has_no_tags(tmp_path: Path) -> None:
