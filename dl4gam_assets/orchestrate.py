@@ -152,9 +152,7 @@ def materialize(
                 tags = {} if key_range is None else {
                     ASSET_PARTITION_RANGE_START_TAG: key_range[0], ASSET_PARTITION_RANGE_END_TAG: key_range[1],
                 }  # fmt: skip
-                result = job.execute_in_process(
-                    instance=opened, tags=tags, raise_on_error=False, run_config=_QUIET
-                )
+                result = job.execute_in_process(instance=opened, tags=tags, raise_on_error=False, run_config=_QUIET)
                 count += 1 if key_range is None else len(_definition(partitions, family).get_partition_keys_in_range(
                     dg.PartitionKeyRange(*key_range)
                 ))  # fmt: skip

@@ -158,10 +158,28 @@ _SCENE = (
     _c("albedo", "float64", "Mean broadband albedo of clean pixels"),
     _c("albedo_pixels", "int64", "Clean pixels behind it", minimum=0),
     _c("snow_score", "string", "What judged seasonal snow: ndsi, or the fallback that was used"),
-    _c("snow_overruled_share", "float64", "Share of glacier and buffer that a mask called cloud and that counts as clean, "
-       "because it has the spectrum of snow or ice", minimum=0, maximum=1),
-    _c("shadow_share", "float64", "Share of glacier and buffer that counts as cloud because it is dark and blue (selection.shadow_nir_max; null: not looked for)", minimum=0, maximum=1),
-    _c("saturated_share", "float64", "Share of glacier and buffer that is saturated in a band (null: sensor.saturated_at is not set)", minimum=0, maximum=1),
+    _c(
+        "snow_overruled_share",
+        "float64",
+        "Share of glacier and buffer that a mask called cloud and that counts as clean, "
+        "because it has the spectrum of snow or ice",
+        minimum=0,
+        maximum=1,
+    ),
+    _c(
+        "shadow_share",
+        "float64",
+        "Share of glacier and buffer that counts as cloud because it is dark and blue (selection.shadow_nir_max; null: not looked for)",
+        minimum=0,
+        maximum=1,
+    ),
+    _c(
+        "saturated_share",
+        "float64",
+        "Share of glacier and buffer that is saturated in a band (null: sensor.saturated_at is not set)",
+        minimum=0,
+        maximum=1,
+    ),
 )
 
 

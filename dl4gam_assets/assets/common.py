@@ -114,4 +114,3 @@ def _cell(value: Any) -> str | int | float | bool | None:
 def _short(metadata: dict[str, Any]) -> str:
     plain = {k: v for k, v in metadata.items() if isinstance(v, int | float | str) and k != "unchanged"}
     return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in list(plain.items())[:8])
-

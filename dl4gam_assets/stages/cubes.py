@@ -47,11 +47,11 @@ def cube_of(site: Site, year: int, glacier_id: str, wanted: str, stamp: str) -> 
         with storage.reading(static_path(site, glacier_id)) as base, open_cube(base) as static:
             static["mask"].load()
             image = read_image(
-            items_from_row(row, catalog_of(site, year, stamp)),
-            site.region.imagery,
-            static.odc.geobox,
-            policy=policy_of(site.region.compute),
-        )
+                items_from_row(row, catalog_of(site, year, stamp)),
+                site.region.imagery,
+                static.odc.geobox,
+                policy=policy_of(site.region.compute),
+            )
             dhdt = error = None
             if len(change) and pd.notna(change["period_start"].iloc[0]):
                 start, end = int(change["period_start"].iloc[0]), int(change["period_end"].iloc[0])
