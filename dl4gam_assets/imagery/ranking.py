@@ -181,7 +181,8 @@ def _words(row: pd.Series, ranked: int) -> str:
         return obstacle
     if pd.isna(row["rank"]):
         return "not acceptable"
-    kind = str(row.get("snow_score") or "ndsi")
+    stated = row.get("snow_score")
+    kind = "ndsi" if pd.isna(stated) else str(stated)
     snow = f"NDSI {number(row['ndsi'])}" if kind == "ndsi" else f"{kind} {number(row['albedo'])}, no NDSI"
     return f"rank {int(row['rank'])} of {ranked} (cloud {number(row['cloud_share'])}, {snow})"
 

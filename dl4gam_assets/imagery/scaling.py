@@ -21,6 +21,8 @@ OFFSET_BASELINE = (4, 0)
 #: A scene is refused where more than this share of its pixels is darker than this reflectance in a band: deep shadow
 #: comes near -0.02 after atmospheric correction, but only an offset that was taken off twice leads much below.
 NEGATIVE_SHARE, NEGATIVE = 0.05, -0.04
+#: A band that stays below this reflectance (95th percentile) holds no picture, or was scaled twice.
+DARK = 0.001
 
 
 def band_metadata(asset: pystac.Asset, index: int = 1) -> dict[str, Any]:
@@ -123,6 +125,11 @@ def implausible(reflectance: np.ndarray, names: list[str]) -> str | None:
     for values, name in zip(reflectance, names, strict=True):
         valid = np.isfinite(values)
         n = int(valid.sum())
+        if n and (bright := float(np.percentile(values[valid], 95))) < DARK and bright > NEGATIVE:
+            return (
+                f"95% of its {name} pixels are below {bright:.5f} in reflectance: the scale that its metadata state "
+                "seems to be applied in the file already; set imagery.sensor.scale and offset"
+            )
         low = int((values[valid] < NEGATIVE).sum())
         if n and low > NEGATIVE_SHARE * n:
             return (

@@ -344,7 +344,7 @@ def _words(row: pd.Series, best: pd.Series | None, of: int) -> tuple[str, str, l
     """Date, verdict, figures, and why not, of one candidate."""
     rank = "not acceptable" if pd.isna(row["rank"]) else f"rank {int(row['rank'])}"
     verdict = f"chosen, {rank}" if bool(row["selected"]) else rank
-    albedo = "brightness" if row["snow_score"] == "brightness" else "albedo"
+    albedo = "brightness" if str(row["snow_score"]) == "brightness" else "albedo"
     figures = [
         f"covered {_figure(row['coverage'], '{:.0%}')}   cloud or missing {_figure(row['cloud_share'], '{:.1%}')}",
         f"NDSI {_figure(row['ndsi'], '{:.2f}')}   {albedo} {_figure(row['albedo'], '{:.2f}')}",

@@ -135,6 +135,8 @@ def test_an_offset_that_was_taken_off_twice_is_noticed_and_shadow_is_not() -> No
     words = implausible(ground - 0.1, ["blue", "red"])
     assert words is not None and "blue pixels are below" in words and "imagery.sensor.offset" in words
     assert implausible(np.full((1, 3, 3), np.nan), ["blue"]) is None
+    twice = implausible(ground * 1e-4, ["blue", "red"])
+    assert twice is not None and "the scale that its metadata state seems to be applied" in " ".join(twice.split())
 
 
 def test_types(parquet: Any) -> None:
