@@ -385,14 +385,16 @@ class Colours(enum.StrEnum):
 
 @app.command()
 def plate(
-    glacier: Annotated[str, typer.Argument(help="Glacier id as in the inventory.")],
     year: Annotated[
         int, typer.Option(help="Year of the images; the baseline year shows those of the inventory's date.")
     ],
+    glacier: Annotated[str | None, typer.Argument(help="Glacier id as in the inventory.")] = None,
+    all_glaciers: Annotated[bool, typer.Option("--all", help="Every glacier that has candidates.")] = False,
     region: RegionOption = "demo",
     home: HomeOption = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="JPEG to write. Default: plate_GLACIER_YEAR.jpg here.")
+        Path | None,
+        typer.Option("--output", "-o", help="JPEG to write. Default: plates/year=YEAR/GLACIER.jpg in the store."),
     ] = None,
     colours: Annotated[
         Colours, typer.Option(help="natural, or swir: snow and ice are blue there, water clouds are not.")
@@ -403,23 +405,55 @@ def plate(
 
     Each picture has the outline (yellow), what counts as cloud or shadow (hatched), the figures that the choice rests
     on, and why the image was not taken. To take another one, add a line to the override file
-    (`imagery.selection.overrides`). The scenes are read again, so their files or server must be there.
+    (`imagery.selection.overrides`). Without --output a plate is kept in the store until what it shows changes. To draw
+    it the scenes are read again, so their files or server must be there.
     """
     from dl4gam_assets.imagery import CatalogError
     from dl4gam_assets.stages.base import Site, UpstreamError
     from dl4gam_assets.stages.plates import plate as draw
-    from dl4gam_assets.storage import safe_name
+    from dl4gam_assets.stages.plates import stored_plate
 
+    if (glacier is None) != all_glaciers:
+        raise _stop("name one glacier, or give --all")
+    if all_glaciers and output is not None:
+        raise _stop("--output is one file; --all writes to plates/ in the store")
     settings, storage = _open(region, home)
     _check_choice("year", [year], settings.years.all())
+    site = Site(settings, str(storage.root))
     try:
-        picture = draw(Site(settings, str(storage.root)), year, glacier, limit=limit, colours=colours.value)
+        if glacier is None:
+            _all_plates(site, year, limit, colours)
+            return
+        if output is None:
+            target: Any = stored_plate(site, year, glacier, limit=limit, colours=colours.value)
+        else:  # the store may be somebody else's, and not writable
+            target, picture = output, draw(site, year, glacier, limit=limit, colours=colours.value)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(picture)
     except (UpstreamError, CatalogError) as error:
         raise _stop(_escape(str(error))) from error
-    target = output or Path(f"plate_{safe_name(glacier)}_{year}.jpg")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(picture)
     console.print(f"{target}", highlight=False, soft_wrap=True)
+
+
+def _all_plates(site: Any, year: int, limit: int, colours: Colours) -> None:
+    """Plates of all glaciers of a year, with progress; one that can not be drawn stops no other."""
+    from rich.progress import track
+
+    from dl4gam_assets.compute import Mapper
+    from dl4gam_assets.stages.plates import stored_plates
+
+    mapper = Mapper(site.region.compute.workers)
+    found = stored_plates(site, mapper, year, limit=limit, colours=colours.value)
+    total = site.storage.read_table("scenes", year=year)["glacier_id"].nunique()
+    failed = 0
+    for done in track(found, "plates", total=total, console=errors):
+        if not done.ok:
+            failed += 1
+            errors.print(f"{done.key}: {done.error}", highlight=False, markup=False, soft_wrap=True)
+    folder = site.storage.path("plates", f"year={year}")
+    console.print(f"{total - failed} plates in {folder}", highlight=False, soft_wrap=True)
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command()

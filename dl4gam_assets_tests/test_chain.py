@@ -268,7 +268,11 @@ def test_scoring_goes_on_where_it_stopped_and_other_thresholds_score_nothing_aga
     imagery = copy.region.imagery.model_copy(update={"selection": selection})
     copy.region = copy.region.model_copy(update={"imagery": imagery})
     assert imagery_stages.scene_candidates(copy.workspace(), 2016).unchanged
-    assert not imagery_stages.selected_scenes(copy.workspace(), 2016).unchanged
+    former = copy.storage.path("previews", "selected_scenes", "2016--a former plate.img")
+    former.write_bytes(b"\x89PNG")
+    chosen = imagery_stages.selected_scenes(copy.workspace(), 2016)
+    assert not chosen.unchanged and chosen.previews and not former.exists()
+    assert imagery_stages.selected_scenes(copy.workspace(), 2016).previews == chosen.previews
 
 
 def test_areas_refuse_maps_that_are_older_than_their_cubes(small: Small, tmp_path: Path) -> None:

@@ -142,10 +142,83 @@ def test_the_command(ws: Workspace, settings_file: Path, tmp_path: Path) -> None
     )
     assert done.exit_code == 0, done.output
     assert _framed(_pixels(target.read_bytes())) > 0.005
+    kept = ws.storage.path("plates", f"year={YEAR}", f"{glacier}.swir.jpg")
+    assert not kept.exists()
+    stored = CliRunner().invoke(app, ["plate", glacier, "--year", str(YEAR), "--colours", "swir", *common])
+    assert stored.exit_code == 0 and f"{glacier}.swir.jpg" in stored.output
+    assert (_pixels(kept.read_bytes()) == _pixels(target.read_bytes())).all()
+    both = CliRunner().invoke(app, ["plate", glacier, "--all", "--year", str(YEAR), *common])
+    assert both.exit_code == 1 and "name one glacier, or give --all" in both.output
     wrong = CliRunner().invoke(app, ["plate", glacier[:-1], "--year", str(YEAR), *common])
     assert wrong.exit_code == 1 and "did you mean" in wrong.output
     early = CliRunner().invoke(app, ["plate", glacier, "--year", "2015", *common])
     assert early.exit_code == 1 and "materialize" in early.output
+
+
+def _age(path: Path) -> int:
+    return path.stat().st_mtime_ns
+
+
+def test_a_plate_in_the_store_is_drawn_again_only_when_it_would_look_different(ws: Workspace) -> None:
+    scenes = ws.storage.read_table("scenes", year=YEAR)
+    glacier = scenes.loc[scenes["selected"].astype(bool), "glacier_id"].iloc[-1]
+    path = Path(str(plates.stored_plate(ws.site, YEAR, glacier)))
+    assert path == Path(str(ws.storage.path("plates", f"year={YEAR}", f"{glacier}.jpg")))
+    first, drawn = _age(path), path.read_bytes()
+    assert (_pixels(drawn) == _pixels(plates.plate(ws.site, YEAR, glacier))).all()
+    assert _age(Path(str(plates.stored_plate(ws.site, YEAR, glacier)))) == first
+    path.write_bytes(drawn[:5])  # damaged
+    assert _pixels(Path(str(plates.stored_plate(ws.site, YEAR, glacier))).read_bytes()).size
+    second = _age(path)
+    try:
+        ws.storage.write_table("scenes", scenes.assign(selected=False), {"year": YEAR})
+        plates.stored_plate(ws.site, YEAR, glacier)
+        assert _framed(_pixels(path.read_bytes())) < 0.001 and _age(path) > second
+        # A picture that is lacking is asked for again the next time.
+        ws.storage.write_table("scenes", scenes.assign(scene_ids="S2_gone"), {"year": YEAR})
+        third = _age(Path(str(plates.stored_plate(ws.site, YEAR, glacier))))
+        assert _age(Path(str(plates.stored_plate(ws.site, YEAR, glacier)))) > third
+    finally:
+        ws.storage.write_table("scenes", scenes, {"year": YEAR})
+
+
+def test_plates_of_all_glaciers(ws: Workspace, settings_file: Path) -> None:
+    scenes = ws.storage.read_table("scenes", year=YEAR)
+    ids = sorted(scenes["glacier_id"].unique())
+    made = sorted(plates.stored_plates(ws.site, Mapper(1), YEAR, limit=2), key=lambda done: done.key)
+    assert [done.key for done in made] == ids and all(done.ok for done in made)
+    assert all(Path(done.value).stat().st_size < 200_000 for done in made)
+    with pytest.raises(UpstreamError, match="materialize"):
+        plates.stored_plates(ws.site, Mapper(1), 2015)
+    common = ["--region", str(settings_file), "--home", str(settings_file.parent / "home")]
+    done = CliRunner().invoke(app, ["plate", "--all", "--limit", "2", "--year", str(YEAR), *common])
+    assert done.exit_code == 0 and f"{len(ids)} plates in" in done.output
+
+
+def test_a_glacier_without_an_image_is_a_row_that_says_why(ws: Workspace) -> None:
+    """An override to a day without a scene, and one that rejects; with the thresholds as they are and out of reach."""
+    scenes = ws.storage.read_table("scenes", year=YEAR)
+    one, two = scenes.loc[scenes["selected"].astype(bool), "glacier_id"].iloc[:2]
+    overrides = ws.site.data_root / "o.csv"
+    overrides.write_text(f"glacier_id,year,date\n{one},{YEAR},{YEAR}-12-24\n{two},{YEAR},reject\n")
+
+    def failures(**selection: object) -> dict[str, str]:
+        imagery_settings = ws.region.imagery
+        changed = imagery_settings.selection.model_copy(update=selection)
+        region = ws.region.model_copy(update={"imagery": imagery_settings.model_copy(update={"selection": changed})})
+        imagery.selected_scenes(Workspace(region, ws.storage, ws.mapper), YEAR)
+        frame = ws.storage.read_table("failures", stage="selected_scenes", partition=str(YEAR))
+        return dict(zip(frame["glacier_id"], frame["error"], strict=True))
+
+    try:
+        said = failures(overrides="o.csv")
+        assert f"{YEAR}-12-24 was asked for, but no scene of that day was found" in said[one]
+        assert "as a line of imagery.selection.overrides says" in said[two] and "add an override" not in said[two]
+        said = failures(cloud_max=0.0, coverage_min=1.0)
+        assert set(said) and all("is acceptable" in words and "above 0.00" in words for words in said.values())
+    finally:
+        imagery.selected_scenes(ws, YEAR)
+        assert (ws.storage.read_table("scenes", year=YEAR)["selected"] == scenes["selected"]).all()
 
 
 def test_errors_say_what_to_do(ws: Workspace) -> None:

@@ -187,8 +187,17 @@ def _words(row: pd.Series, ranked: int) -> str:
     return f"rank {int(row['rank'])} of {ranked} (cloud {number(row['cloud_share'])}, {snow})"
 
 
-def read_overrides(path: Path, glaciers: pd.DataFrame, years: Collection[int]) -> pd.DataFrame:
+def read_overrides(
+    path: Path, glaciers: pd.DataFrame, years: Collection[int], baseline_year: int | None = None
+) -> pd.DataFrame:
     """The override file: columns glacier_id, year, date, where date is ISO or ``reject``. Every line is checked.
+
+    Parameters
+    ----------
+    path : CSV, UTF-8
+    glaciers : the table ``glaciers``, or at least its glacier_id
+    years : years of the region
+    baseline_year : the one whose images may be of another calendar year, since they follow the inventory's dates
 
     Returns
     -------
@@ -234,6 +243,9 @@ def read_overrides(path: Path, glaciers: pd.DataFrame, years: Collection[int]) -
                 date = pd.NaT if date_text.lower() == "reject" else pd.Timestamp(dt.date.fromisoformat(date_text))
             except ValueError:
                 problems.append(f"{where}: date {date_text!r} is neither YYYY-MM-DD nor 'reject'")
+                continue
+            if not pd.isna(date) and date.year != int(year_text) and int(year_text) != baseline_year:
+                problems.append(f"{where}: date {date_text} is not in the year {year_text}")
                 continue
             if (glacier, int(year_text)) in seen:
                 problems.append(f"{where}: {glacier} has two lines for {year_text}")

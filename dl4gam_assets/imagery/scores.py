@@ -30,7 +30,8 @@ def score_image(
     - ``snow_overruled_share``, ``shadow_share``, ``saturated_share``: share of ``near`` where snow overruled a cloud
       mask, that counts as cloud because it is dark, that is saturated in a band; None where that is not looked for.
       They are for people: no ranking uses them.
-    A score that rests on fewer than ``settings.min_clean_pixels`` pixels is None.
+    ``coverage_pixels``, ``cloud_share_pixels``, ``ndsi_pixels`` and ``albedo_pixels`` are how many pixels each score
+    rests on; NDSI and albedo on fewer than ``settings.min_clean_pixels`` are None.
 
     Without a SWIR band, or without clean ice-free pixels, there is no NDSI: ``snow_score`` then names the fallback that
     stands for seasonal snow in the ranking, ``albedo`` or, without the bands for it, ``brightness`` (the mean
@@ -54,8 +55,10 @@ def score_image(
         cloud = cloud | dark
     clean = near & ~missing & ~cloud
     out: dict[str, Any] = {
-        "coverage": float((~missing)[region].mean()) if region.any() else 0.0,
+        "coverage": _share(~missing, region),
+        "coverage_pixels": int(region.sum()),
         "cloud_share": float((missing | cloud)[near].mean()) if near.any() else 1.0,
+        "cloud_share_pixels": int(near.sum()),
         "ndsi": None,
         "ndsi_pixels": 0,
         "albedo": None,

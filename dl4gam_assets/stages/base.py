@@ -220,6 +220,10 @@ def run_stage(
         metadata=metadata,
         failed=int(metadata.get("failed_glaciers", 0)),
     )
+    wanted_files = {_preview_path(ws, asset, partition, title).name for title in previews}
+    for path in _preview_files(ws, asset, partition):
+        if path.name not in wanted_files:
+            path.unlink()  # of a former result, under another title
     for title, content in previews.items():
         with ws.storage.writing(_preview_path(ws, asset, partition, title)) as temporary:
             temporary.write_bytes(content)
@@ -232,11 +236,13 @@ def _preview_path(ws: Workspace, asset: str, partition: str, title: str) -> Any:
 
 def _stored_previews(ws: Workspace, asset: str, partition: str) -> dict[str, bytes]:
     """Pictures of an unchanged partition, as they were made."""
-    folder = ws.storage.path("previews", asset)
-    if not folder.exists():
-        return {}
-    found = sorted(folder.glob(f"{partition}--*.img"), key=str)
+    found = sorted(_preview_files(ws, asset, partition), key=str)
     return {path.name.removeprefix(f"{partition}--").removesuffix(".img"): path.read_bytes() for path in found}
+
+
+def _preview_files(ws: Workspace, asset: str, partition: str) -> list[Any]:
+    folder = ws.storage.path("previews", asset)
+    return list(folder.glob(f"{partition}--*.img")) if folder.exists() else []
 
 
 def input_fingerprint(inputs: Mapping[str, Any]) -> str:

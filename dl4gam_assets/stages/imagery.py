@@ -190,7 +190,7 @@ class _Reading(Mapper):
 
 
 #: Settings of the choice that change no score: with others the scores on disk are used again.
-_NO_SCORES = {"coverage_min", "cloud_max", "ranking", "overrides"}
+_NO_SCORES = {"coverage_min", "cloud_max", "ranking", "fallback_cloud_tolerance", "overrides"}
 
 
 def _score_settings(region: Region) -> dict[str, Any]:
@@ -331,7 +331,7 @@ def selected_scenes(ws: Workspace, year: int, *, force: bool = False) -> StageRe
         candidates = ws.storage.read_table("candidates", year=year)
         overrides = None
         if override_file is not None:
-            overrides = read_overrides(override_file, glaciers, ws.region.years.all())
+            overrides = read_overrides(override_file, glaciers, ws.region.years.all(), ws.region.years.baseline)
         scenes = select_scenes(rank_candidates(candidates, selection), year, overrides)
         ws.storage.write_table("scenes", scenes, {"year": year})
         scenes = ws.storage.read_table("scenes", year=year)
@@ -376,6 +376,10 @@ def _no_image(scenes: pd.DataFrame, glacier_id: str, year: int) -> str:
     if not len(mine):
         return f"no scene of {year} touches the glacier in the search window; widen imagery.window or add scenes"
     reasons = "; ".join(f"{r.date:%Y-%m-%d}: {r.reason}" for r in mine.sort_values("date").head(4).itertuples())
+    if mine["reason"].str.startswith("override").any():
+        return (
+            f"none of {len(mine)} scenes of {year} is used, as a line of imagery.selection.overrides says ({reasons})"
+        )
     return (
         f"none of {len(mine)} scenes of {year} is acceptable ({reasons}); add an override line to use one all the same"
     )

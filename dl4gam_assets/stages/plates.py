@@ -3,26 +3,35 @@
 Belongs here: drawing what ``selected_scenes`` decided, so that a person can check it.
 Does not belong here: scores and choice (``imagery``). The figures on a plate are those of the table ``scenes``; only
 the pictures are read again, coarser than they were scored.
+
+Plates are drawn when somebody asks for them, and then kept: ``plates/year=YYYY/GLACIER.jpg`` in the store.
 """
 
 from __future__ import annotations
 
 import difflib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 
-from dl4gam_assets.stages.base import Site, UpstreamError, Workspace, cached_table
+from dl4gam_assets.compute import Done, Mapper
+from dl4gam_assets.settings import fingerprint
+from dl4gam_assets.stages.base import Site, UpstreamError, Workspace, cached_table, frame_fingerprint
+from dl4gam_assets.storage import safe_name
 
 if TYPE_CHECKING:
     import xarray as xr
     from odc.geo.geobox import GeoBox
     from PIL.Image import Image
     from PIL.ImageDraw import ImageDraw
+    from upath import UPath
+
+#: Raised by one when plates are drawn otherwise: those in the store are drawn again then.
+PLATE_VERSION = 1
 
 Colours = Literal["natural", "swir"]
 
@@ -79,6 +88,102 @@ def plate(
         if the glacier is not in the inventory or its year has no candidates, with what to do.
     """
     glacier, rows = _decision(site, year, glacier_id)
+    return _jpeg(_drawn(site, year, glacier, rows, limit, panel_px, colours)[0], quality)
+
+
+def stored_plate(site: Site, year: int, glacier_id: str, *, limit: int = 12, colours: Colours = "natural") -> UPath:
+    """The file of a plate in the store, drawn only if it is not there or what it shows has changed.
+
+    ``plates/year=YYYY/GLACIER.jpg``, or ``GLACIER.swir.jpg``. The JPEG's comment says what it was drawn from. A plate
+    on which a picture is lacking, because its scene could not be read now, is drawn again the next time.
+
+    Parameters
+    ----------
+    limit, colours : as for :func:`plate`
+
+    Raises
+    ------
+    UpstreamError
+        as :func:`plate` does.
+    """
+    glacier, rows = _decision(site, year, glacier_id)
+    path = site.storage.path("plates", f"year={year}", f"{safe_name(glacier_id)}{_SUFFIX[colours]}.jpg")
+    key = _key(site, glacier, rows, limit, colours)
+    if _comment(site, path) == key:
+        return path
+    sheet, whole = _drawn(site, year, glacier, rows, limit, 300, colours)
+    with site.storage.writing(path) as temporary:
+        temporary.write_bytes(_jpeg(sheet, 82, key if whole else ""))
+    return path
+
+
+def stored_plates(
+    site: Site, mapper: Mapper, year: int, *, limit: int = 12, colours: Colours = "natural"
+) -> Iterator[Done]:
+    """The plates of all glaciers that have candidates in a year, each as soon as it is in the store.
+
+    The value of each :class:`Done` is its path as text.
+
+    Raises
+    ------
+    UpstreamError
+        if the year has no candidates at all.
+    """
+    ids = site.storage.read_table("scenes", year=year)["glacier_id"].drop_duplicates().sort_values()
+    if not len(ids):
+        raise UpstreamError(
+            f"selected_scenes [{year}] has no candidates: run "
+            f"`dl4gam materialize --region {site.region.name} --year {year}`"
+        )
+    return mapper.map(_stored, [(g, (site, year, g, limit, colours)) for g in ids])
+
+
+def _stored(site: Site, year: int, glacier_id: str, limit: int, colours: Colours) -> str:
+    return str(stored_plate(site, year, glacier_id, limit=limit, colours=colours))
+
+
+_SUFFIX: dict[str, str] = {"natural": "", "swir": ".swir"}
+
+
+def _key(site: Site, glacier: pd.Series, rows: pd.DataFrame, limit: int, colours: Colours) -> str:
+    """Identity of all that a plate shows."""
+    inventory = site.storage.read_state("inventory_outlines") or {}
+    return fingerprint(
+        {
+            "version": PLATE_VERSION,
+            "glacier": [glacier["glacier_id"], glacier["geometry"].wkb_hex, str(glacier.get("name"))],
+            "neighbours": inventory.get("output"),
+            "candidates": frame_fingerprint(rows),
+            "imagery": site.region.imagery.model_dump(mode="json", include={"sensor", "selection", "margin_m"}),
+            "drawing": [limit, colours],
+        }
+    )
+
+
+def _comment(site: Site, path: UPath) -> str | None:
+    """The comment of a JPEG in the store; None where there is no such file, or it is damaged."""
+    from PIL import Image
+
+    if not path.exists():
+        return None
+    try:
+        with site.storage.reading(path) as local, Image.open(local) as picture:
+            found = picture.info.get("comment", b"")
+    except OSError:  # Pillow's error for what is no picture is one too
+        return None
+    return found.decode("ascii", "replace") if isinstance(found, bytes) else str(found)
+
+
+def _drawn(
+    site: Site,
+    year: int,
+    glacier: pd.Series,
+    rows: pd.DataFrame,
+    limit: int,
+    panel_px: int,
+    colours: Colours,
+) -> tuple[Image, bool]:
+    """The plate, and whether it has all pictures that there should be."""
     shown, left_out = _shown(rows, limit)
     grid = _coarse_grid(glacier, site, panel_px)
     images = _images(site, year, shown, grid, colours)
@@ -95,8 +200,15 @@ def plate(
         _outlines(picture, site, glacier, grid, bar=not panels)
         panels.append((picture, _words(row, best, len(rows)), _colour(row)))
     sheet = _sheet(_title(site, year, glacier, rows, left_out, bands), panels, max(size[0], 250))
+    whole = not any(
+        isinstance(image, str) and pd.notna(coverage) for image, coverage in zip(images, shown["coverage"], strict=True)
+    )
+    return sheet, whole
+
+
+def _jpeg(sheet: Image, quality: int, comment: str = "") -> bytes:
     out = io.BytesIO()
-    sheet.save(out, format="jpeg", quality=quality, optimize=True)
+    sheet.save(out, format="jpeg", quality=quality, optimize=True, comment=comment)
     return out.getvalue()
 
 
@@ -440,8 +552,10 @@ def _sheet(
 
 
 def _columns(n: int, width: int, height: int) -> int:
-    """Columns that make a sheet near 3:2, at most six."""
-    return min(range(1, min(n, 6) + 1), key=lambda c: abs(c * width / (-(-n // c) * (height + 110)) - 1.5))
+    """Columns, at most six, that make a sheet (title included) near 8:5, as screens are."""
+    return min(
+        range(1, min(n, 6) + 1), key=lambda c: abs(np.log(c * (width + 24) / (-(-n // c) * (height + 130) + 94) / 1.6))
+    )
 
 
 def _wrapped(text: str, width: int, size: int) -> list[str]:

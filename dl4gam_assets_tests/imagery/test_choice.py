@@ -68,6 +68,7 @@ def test_each_score_has_its_own_geometry() -> None:
     assert scores["cloud_share"] == pytest.approx(2 / 16)
     assert scores["ndsi"] == pytest.approx(-0.5, abs=1e-6)  # bare ground only, no ice
     assert scores["ndsi_pixels"] == 16 * 14 - 100 and scores["albedo_pixels"] == 16 * 14
+    assert scores["coverage_pixels"] == 400 and scores["cloud_share_pixels"] == 16 * 16
     share = 100 / (16 * 14)
     albedo = (0.5621 + 0.1479 + 0.2512) * (0.8 * share + 0.1 * (1 - share)) + 0.0015
     assert scores["albedo"] == pytest.approx(albedo, abs=1e-5)
@@ -219,6 +220,7 @@ def test_override_files_as_spreadsheets_write_them(tmp_path: Path) -> None:
         ("glacier_id,year,date\na,2020\n", "line 2: date '' is neither"),
         ("glacier_id,year,date\nsmall,2020,reject\n", "line 2: glacier 'small' is not modelled"),
         ("glacier_id,year,date\na,2020,reject\na,2020,2020-08-02\n", "line 3: a has two lines for 2020"),
+        ("glacier_id,year,date\na,2020,2019-08-02\n", "line 2: date 2019-08-02 is not in the year 2020"),
         ("", "columns"),
     ],
 )
@@ -229,6 +231,15 @@ def test_what_can_be_wrong_with_an_override_file(tmp_path: Path, text: str, word
     with pytest.raises(SettingsError) as error:
         read_overrides(path, glaciers, range(2015, 2025))
     assert words in str(error.value) and "o.csv" in str(error.value)
+
+
+def test_only_the_baseline_year_takes_images_of_another_year(tmp_path: Path) -> None:
+    path = tmp_path / "o.csv"
+    path.write_text("glacier_id,year,date\na,2015,2016-08-20\n")
+    glaciers = pd.DataFrame({"glacier_id": ["a"]})
+    assert read_overrides(path, glaciers, range(2015, 2025), 2015)["date"].tolist() == [pd.Timestamp("2016-08-20")]
+    with pytest.raises(SettingsError, match="2016-08-20 is not in the year 2015"):
+        read_overrides(path, glaciers, range(2015, 2025), 2016)
 
 
 def test_override_files_in_another_encoding_are_named(tmp_path: Path) -> None:

@@ -139,8 +139,10 @@ def test_bits_of_qa_pixel(make_item: ItemMaker, tmp_path: Path) -> None:
     image = read_image([on_snow], _settings(qa_pixel="qa"), _grid())
     assert _strips(image["cloud"].to_numpy(), 5) == [0, 0, 0, 1, 1]  # cloud gives way, shadow and fill do not
     assert _strips(image["overruled"].to_numpy(), 5) == [0, 0, 1, 0, 0]
-    assert masks.of_bits(np.float32(values), [2]).tolist() == [False] * 5 + [True]  # float32 keeps all 16 bits
-    assert masks.of_bits(np.float32([np.nan]), [0, 1, 2, 3, 4]).tolist() == [False]
+    assert masks.of_bits(np.asarray(values, np.float32), [2]).tolist() == [False] * 5 + [
+        True
+    ]  # float32 keeps all 16 bits
+    assert masks.of_bits(np.array([np.nan], np.float32), [0, 1, 2, 3, 4]).tolist() == [False]
 
 
 def test_the_landsat_preset_reads_its_quality_bits() -> None:
@@ -225,6 +227,12 @@ def test_the_snow_rule_on_labelled_pixels(labelled: dict[str, pd.DataFrame]) -> 
     assert share["snow"] > 0.92 and share["ice"] > 0.94 and share["shadowed snow"] > 0.86
     assert share["rock"] < 0.002  # a cloud over rock is never taken for snow because of the rock
     assert 0.6 < share["water"] < 0.8  # looks alike, but is no cloud
+
+
+def test_the_snow_rule_on_separate_check_points(real_data: Path) -> None:
+    points = pd.read_csv(real_data / "s2_labelled_spectra" / "Sentinel-2_SR_manually_classified_points.csv.gz")
+    snow = points[points["class"] == 1]  # the others are ice, rock and water together
+    assert len(snow) == 1518 and _looks_like_snow(snow) > 0.98
 
 
 def test_ndsi_tells_snow_from_ground_on_labelled_pixels(labelled: dict[str, pd.DataFrame]) -> None:

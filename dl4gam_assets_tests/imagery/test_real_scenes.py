@@ -88,6 +88,30 @@ def test_an_acceptable_late_summer_date_is_chosen_each_year(
     assert chosen == {2015: ["2015-09-08"], 2016: ["2016-09-02"], 2017: ["2017-08-23"], 2018: ["2018-09-09"]}
 
 
+def test_brightness_orders_dates_as_hand_drawn_snow_does(
+    real_data: Path, rhone: gpd.GeoDataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without SWIR brightness stands for snow: 14 of the 15 dates have snow cover that a person drew."""
+    monkeypatch.setenv("DL4GAM_REAL_DATA", str(real_data))
+    region = load_region(
+        "swiss",
+        {"years.baseline": 2018, "imagery.baseline": {"mode": "inventory_date"}, "imagery.window": ["01-01", "12-31"]},
+    )
+    scenes = pd.concat([_scenes(rhone, region, real_data, year) for year in LATE_SUMMER])
+    drawn = gpd.read_file(real_data / "rhone_s2_series" / "manual_snow_polygons.gpkg").to_crs(32632)
+    outline = rhone.to_crs(32632).geometry.iloc[0]
+    days = pd.to_datetime(drawn["date"].astype(str)).dt.strftime("%Y-%m-%d").to_numpy()
+    snow = pd.Series(drawn.make_valid().intersection(outline).area.to_numpy() / outline.area, index=days)
+    both = scenes.assign(snow=snow.reindex(scenes.index)).dropna(subset="snow")
+    assert len(both) == 14
+    assert both["albedo"].corr(both["snow"], method="spearman") == pytest.approx(0.83, abs=0.03)
+    # The chosen date has the least snow, or hardly more, of those that a person would use.
+    usable = both.drop(index=list(UNUSABLE & set(both.index)))
+    for _, mine in usable.groupby(usable["date"].dt.year):
+        chosen = mine[mine["selected"].astype(bool)]
+        assert len(chosen) == 1 and chosen["snow"].iloc[0] < mine["snow"].min() + 0.06
+
+
 @pytest.mark.parametrize("ranking", ["rank_positions", "min_max"])
 def test_cloud_shadow_is_not_taken_for_bare_ice(
     real_data: Path, rhone: gpd.GeoDataFrame, monkeypatch: pytest.MonkeyPatch, ranking: str
