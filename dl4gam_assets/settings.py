@@ -424,12 +424,53 @@ class TrainingSettings(_Strict):
     batch_size: int = Field(16, ge=1)
     epochs: int = Field(30, ge=1)
     learning_rate: float = Field(1e-4, gt=0)
-    schedule: Literal["constant", "one_cycle"] = "constant"
-    loss: Literal["focal", "bce", "dice"] = "focal"
-    focal_gamma: float = 2.0
-    focal_alpha: float | None = 0.25
+    optimizer: Literal["adam", "adamw"] = "adam"
+    weight_decay: float = Field(0.0, ge=0, description="Of the optimizer; the published training has none.")
+    schedule: Literal["constant", "one_cycle", "cosine"] = Field(
+        "constant",
+        description="Of the learning rate. 'one_cycle': up from 1/25 over 30 % of the steps, then down to 1/2500; "
+        "'cosine': from the full rate down to zero.",
+    )
+    warmup_share: float = Field(
+        0.0, ge=0, lt=1, description="'constant' and 'cosine': share of the steps in which the rate rises from zero."
+    )
+    early_stopping: int | None = Field(
+        None, ge=1, description="Stop after so many epochs without a better validation IoU. null: train all epochs."
+    )
+    loss: Literal["focal", "bce", "dice", "jaccard", "bce_dice"] = Field(
+        "focal", description="Counted on usable pixels only. 'bce_dice' is the sum of both."
+    )
+    focal_gamma: float = Field(2.0, ge=0)
+    focal_alpha: float | None = Field(0.25, gt=0, lt=1, description="Weight of glacier pixels; null: none.")
     augmentation: bool = Field(False, description="The 8 symmetries, with aspect and curvature treated right.")
+    diversity: Literal["deep_ensemble", "bootstrap"] = Field(
+        "deep_ensemble",
+        description="What makes members differ. 'deep_ensemble' (published): initial weights, order and choice of "
+        "patches. 'bootstrap': also the glaciers, drawn with replacement for each member.",
+    )
+    precision: Literal["fp32", "bf16", "auto"] = Field(
+        "auto", description="'bf16': mixed precision. 'auto': bf16 where the hardware is fast with it, else fp32."
+    )
+    deterministic: bool = Field(
+        True, description="On a GPU: only algorithms that give the same bits every time, at some cost of speed."
+    )
+    min_members: int | None = Field(
+        None,
+        ge=1,
+        description="An ensemble goes on without members that diverged as long as so many are left. null: all "
+        "members are needed.",
+    )
     seed: int = 0
+
+    def of_a_member(self) -> dict[str, Any]:
+        """What shapes a single member, as plain data."""
+        return self.model_dump(mode="json", exclude={"members", "min_members"})
+
+    @model_validator(mode="after")
+    def _enough_members(self) -> TrainingSettings:
+        if self.min_members is not None and self.min_members > self.members:
+            raise ValueError(f"min_members ({self.min_members}) must not be above members ({self.members})")
+        return self
 
 
 class InferenceSettings(_Strict):
@@ -591,6 +632,15 @@ class ComputeSettings(_Strict):
 
     workers: int = Field(0, ge=0, description="Processes for glacier maps; 0: one for each core.")
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    gpus: int = Field(0, ge=0, description="GPUs that ensemble members are trained on; 0: all there are.")
+    members_at_once: int = Field(
+        0, ge=0, description="Members trained at once on each GPU, or on the CPU. 0: 1 on a GPU, `workers` on the CPU."
+    )
+    training_data: Literal["auto", "mapped", "resident"] = Field(
+        "auto",
+        description="Where the layers lie while training: in memory-mapped files, or whole in the device's memory. "
+        "'auto': on a GPU resident if they take less than half of its free memory.",
+    )
     partitions_per_run: int = Field(
         1,
         ge=1,

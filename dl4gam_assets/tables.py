@@ -302,6 +302,13 @@ _TABLES = [
         _c("seconds", "float64", "Training time", minimum=0),
         _c("parameters", "int64", "Number of weights"),
         _c("fingerprint", "string", "Hash of settings, data and code the member was trained from", nullable=False),
+        _c("encoder_weights", "string", "What the encoder started from: a named set, a file, or none (random)"),
+        _c("initial_sha256", "string", "Hash of the weights before the first step"),
+        _c("device", "string", "Device it was trained on"),
+        _c("precision", "string", "fp32 or bf16-mixed"),
+        _c("patches_per_second", "float64", "Training speed, median over epochs", minimum=0),
+        _c("data_wait_share", "float64", "Share of the steps' time spent waiting for data, median over epochs", minimum=0, maximum=1),
+        _c("peak_memory_mb", "float64", "Largest memory of the device, on a CPU of the process (MiB)", minimum=0),
     ), ("fold", "member")),
     Table("calibration", "Calibration of each fold: temperatures and the rule that gives tau.", (
         _FOLD,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dl4gam_assets.cubes import channel_stack, cube_mask, open_cube
 from dl4gam_assets.segmentation import PackedCubes, normalize, pack_cubes, patch_centres, symmetry
-from dl4gam_assets.segmentation.packing import MISSING, channel_step
+from dl4gam_assets.segmentation.packing import MISSING, Packed, channel_step
 from dl4gam_assets.segmentation.sampling import Normalizer, cut_batch, draw_patches, patch_corner, patch_cover
 from dl4gam_assets.settings import PUBLISHED_CHANNELS
 from dl4gam_assets.terrain import terrain_derivatives
@@ -113,15 +113,15 @@ def test_every_glacier_has_a_patch_and_seeds_differ(small: Small) -> None:
 
 
 def test_patches_are_moved_inside_and_padded_as_invalid(small: Small) -> None:
-    plain = TRAINING.model_copy(update={"augmentation": False, "patch_px": 64})
     glaciers = [small.packed.glacier(g) for g in small.packed.ids]
-    rng = np.random.default_rng(0)
-    x, y, w = cut_batch(glaciers, np.array([[0, 0, 0], [0, 48, 56], [3, 30, 30]]), plain, CHANNELS, rng)
+    chosen = np.array([[0, 0, 0], [0, 48, 56], [3, 30, 30]])
+    x, bits = cut_batch(glaciers, chosen, np.zeros(3, dtype=int), 64, CHANNELS)
+    y, w = ((bits & Packed.bit(name)) > 0 for name in ("any_glacier", "valid"))
     large, tiny = glaciers[0], glaciers[3]
     np.testing.assert_array_equal(x[0], large.channels[:, :64, :64])
-    np.testing.assert_array_equal(y[1, 0], large.target[16:80, 24:88])
-    np.testing.assert_array_equal(w[2, 0, :60, :58], tiny.valid)
-    assert not w[2, 0, 60:].any() and not w[2, 0, :, 58:].any() and (x[2, :, 60:] == int(MISSING)).all()
+    np.testing.assert_array_equal(y[1], large.target[16:80, 24:88])
+    np.testing.assert_array_equal(w[2, :60, :58], tiny.valid)
+    assert not w[2, 60:].any() and not w[2, :, 58:].any() and (x[2, :, 60:] == MISSING).all()
 
 
 @pytest.mark.parametrize("which", range(8))

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -19,7 +20,8 @@ from dl4gam_assets.segmentation import TrainedMember, TrainingError, pack_cubes,
 from dl4gam_assets.segmentation.inference import predict_logits
 from dl4gam_assets.segmentation.model import build_model
 from dl4gam_assets.segmentation.sampling import Normalizer, patch_centres, patch_corner
-from dl4gam_assets.segmentation.training import _validate, learning_rate
+from dl4gam_assets.segmentation.training import MEASURED, learning_rate
+from dl4gam_assets.segmentation.validation import Validation
 from dl4gam_assets.settings import InferenceSettings, TrainingSettings
 from dl4gam_assets_tests.segmentation.conftest import CHANNELS, MODEL, TRAINING, Small
 
@@ -40,6 +42,10 @@ def _same(first: TrainedMember, second: TrainedMember) -> bool:
     return first.state.keys() == second.state.keys() and all(
         torch.equal(v, second.state[k]) for k, v in first.state.items()
     )
+
+
+def _curves(member: TrainedMember) -> pd.DataFrame:
+    return member.history.drop(columns=list(MEASURED))
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +69,10 @@ def test_the_validation_score_is_that_of_the_validation_patches(small: Small) ->
     model = build_model(MODEL).eval()
     normalizer = Normalizer.of(small.packed, small.statistics, "cpu")
     training = TRAINING.model_copy(update={"validation_step_px": 16})
-    _, measured = _validate(small.packed, VALID, normalizer, model, training, "cpu")
+    scores = Validation(small.packed, VALID, training, "cpu").scores(model, normalizer, training, low=False)
     layers = small.packed.glacier("G1")
     ready = normalizer(torch.from_numpy(np.array(layers.channels))).numpy()
-    predicted = predict_logits([model], ready, InferenceSettings(), "cpu")[0] >= 0
+    predicted = predict_logits([model], ready, InferenceSettings(precision="fp32"), "cpu")[0] >= 0
     hit = union = 0
     for row, col in patch_centres(layers.zone, layers.glacier, 16, extremes=False):
         top, left = patch_corner(row, col, predicted.shape, 32)
@@ -75,7 +81,7 @@ def test_the_validation_score_is_that_of_the_validation_patches(small: Small) ->
         hit += int((truth & found & valid).sum())
         union += int(((truth | found) & valid).sum())
     assert union > layers.zone.sum()
-    assert measured == pytest.approx(hit / union, abs=1e-12)
+    assert scores["validation_iou"] == pytest.approx(hit / union, abs=1e-12)
 
 
 def test_the_seed_decides_everything(small: Small, whole: TrainedMember, tmp_path: Path) -> None:
@@ -83,7 +89,7 @@ def test_the_seed_decides_everything(small: Small, whole: TrainedMember, tmp_pat
     before = torch.get_rng_state()
     again = _train(small, tmp_path / "a", train_ids=TRAIN[::-1])
     assert torch.equal(before, torch.get_rng_state())
-    assert _same(again, whole) and again.history.drop(columns="seconds").equals(whole.history.drop(columns="seconds"))
+    assert _same(again, whole) and _curves(again).equals(_curves(whole))
     short = TRAINING.model_copy(update={"epochs": 1})
     assert not _same(_train(small, tmp_path / "b", 4, short), _train(small, tmp_path / "c", 5, short))
 
@@ -122,7 +128,7 @@ def test_a_killed_training_goes_on_with_the_same_result(small: Small, whole: Tra
     resumed = _train(small, work, progress=lambda row: seen.append(row["epoch"]))
     assert seen == list(range(reached + 1, TRAINING.epochs + 1))
     assert _same(resumed, whole)
-    assert resumed.history.drop(columns="seconds").equals(whole.history.drop(columns="seconds"))
+    assert _curves(resumed).equals(_curves(whole))
     # A finished training is not trained again.
     assert _same(_train(small, work, progress=lambda row: seen.append(-1)), whole) and -1 not in seen
 
