@@ -17,8 +17,8 @@ def masked_loss(
     """Loss over the valid pixels of a batch; zero (with a gradient of zero) where there is none.
 
     ``focal`` is Lin et al. 2017 (doi:10.1109/ICCV.2017.324) with gamma 2 and alpha 0.25 as published; ``bce`` is binary
-    cross-entropy; ``dice`` and ``jaccard`` are 1 - Dice and 1 - IoU of the batch, from probabilities and with 1 added to
-    both parts of the fraction; ``bce_dice`` is the sum of those two. All ignore invalid pixels.
+    cross-entropy; ``dice`` and ``jaccard`` are 1 - Dice and 1 - IoU of the batch's probabilities, with 1 added to both
+    parts of the fraction; ``bce_dice`` is the sum of ``bce`` and ``dice``. All ignore invalid pixels.
 
     Parameters
     ----------

@@ -243,4 +243,4 @@ def _pack_one(
         with open(folder / name, "r+b") as out:
             out.seek(start * (array.nbytes // bits.size))
             array.tofile(out)
-    return zlib.crc32(bits, zlib.crc32(np.ascontiguousarray(digits)))
+    return zlib.crc32(bits.tobytes(), zlib.crc32(digits.tobytes()))

@@ -47,8 +47,8 @@ class Validation:
             centres = patch_centres(layers.zone, layers.glacier, training.validation_step_px, extremes=False)
             weight = patch_cover(centres, layers.bits.shape, training.patch_px) * layers.valid
             if weight.any():
-                parts = (torch.from_numpy(a).to(device) for a in (weight, layers.target))
-                self._glaciers.append(_Glacier(layers, *parts, max(int(layers.glacier.sum()), 1)))
+                weight, truth = (torch.from_numpy(a).to(device) for a in (weight, layers.target))
+                self._glaciers.append(_Glacier(layers, weight, truth, max(int(layers.glacier.sum()), 1)))
 
     def scores(
         self, model: torch.nn.Module, normalizer: Normalizer, training: TrainingSettings, low: bool

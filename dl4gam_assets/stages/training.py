@@ -364,8 +364,8 @@ def _store_member(ws: Workspace, fold: int, member: int, wanted: str, done: Done
 
 
 def _leave_out(ws: Workspace, fold: int, member: int, wanted: str, reason: str) -> StageResult:
-    """A member that diverged, where the settings let the ensemble go on without it: its earlier weights are removed, and
-    its partition says why it is empty."""
+    """A member that diverged, where the settings let the ensemble go on without it: its earlier weights are removed,
+    and its partition says why it is empty."""
     label = fold_member_label(fold, member)
     ws.logger.warning(f"ensemble_member [{label}] is left out of its ensemble: {reason}")
     for path in (
