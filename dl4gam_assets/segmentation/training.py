@@ -191,6 +191,7 @@ def _fabric(device: str, low: bool) -> Any:
     from lightning_fabric import Fabric
     from lightning_fabric.plugins.environments import LightningEnvironment
 
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces its precision for each member
     kind, _, index = device.partition(":")
     # The plain environment: members are independent, so that a cluster's job variables must not make them ranks.
     return Fabric(
