@@ -199,12 +199,15 @@ _AREA = (
     _c("fold", "int64", "Cross-validation iteration that made the estimate", nullable=False),
     _c("image_date", "timestamp", "Acquisition date of the image", nullable=False),
     _c("tau", "float64", "tau of the interval", minimum=0, maximum=0.5),
-    _c("inventory_area_km2", "float64", "Area of the inventory outline on the same pixels", minimum=0),
+    _c("inventory_area_km2", "float64", "Area of the inventory outline on the same pixels (whole or fractional: areas.pixels)", minimum=0),
     _c("recall", "float64", "Predicted share of the inventory outline", minimum=0, maximum=1),
     _c("false_positive_rate", "float64", "Predicted share of the ice-free ring 20 to 50 m outside", minimum=0, maximum=1),
     _c("debris_km2", "float64", "Debris-covered area inside the outline", minimum=0),
+    _c("debris_area_km2", "float64", "Predicted ice on it: the part of area_km2 that the inventory calls debris-covered", minimum=0),
     _c("debris_recall", "float64", "Predicted share of it (null under 1% debris)", minimum=0, maximum=1),
-    _c("terminus_m", "float64", "Lowest predicted elevation: median of the lowest 30 pixels, metres"),
+    _c("terminus_m", "float64", "Lowest predicted elevation: median of the lowest 30 pixels, metres (null: no DEM)"),
+    _c("terminus_lon", "float64", "Longitude of the terminus, degrees (EPSG:4326): the predicted pixel nearest to the middle of these 30 (null: no DEM)", minimum=-180, maximum=180),
+    _c("terminus_lat", "float64", "Latitude of the terminus, degrees (EPSG:4326)", minimum=-90, maximum=90),
     _c("filled_share", "float64", "Share of the 50 m zone whose values were filled", minimum=0, maximum=1),
     _c("usable_share", "float64", "Share of the 20 m zone with usable pixels", minimum=0, maximum=1),
 )  # fmt: skip
@@ -360,7 +363,7 @@ _TABLES = [
     Table("outlines", "Predicted outlines of each year: best, lower and upper (EPSG:4326).", (
         _ID, _YEAR,
         _c("bound", "string", "best, lower or upper", key=True, nullable=False),
-        _c("area_km2", "float64", "Area of the sieved outline in its UTM zone", nullable=False, minimum=0),
+        _c("area_km2", "float64", "Area of the sieved (and simplified, where asked for) outline in its UTM zone", nullable=False, minimum=0),
         _c("geometry", "geometry", "Outline", nullable=False),
     ), ("year",)),
     Table("changes", "Area change of each glacier against the baseline.", (

@@ -18,6 +18,9 @@ from typing import Any
 _HOMES = {
     "area_row": "areas",
     "counted_pixels": "areas",
+    "whole_shares": "areas",
+    "fractional_shares": "areas",
+    "ground_of": "areas",
     "bound_masks": "areas",
     "extract_outlines": "outlines",
     "evaluate_glacier": "evaluation",
