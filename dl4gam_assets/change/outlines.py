@@ -56,6 +56,7 @@ def extract_outlines(
     lower = sieved(masks.lower, sieve_px) & allowed
     best = (sieved(masks.best, sieve_px) & allowed) | lower
     upper = (sieved(masks.upper, sieve_px) & allowed) | best
+    shapes: tuple[shapely.Geometry, ...]
     if simplify_m > 0:
         shapes = simplified(lower, best, upper, allowed, transform, simplify_m)
     else:
@@ -77,36 +78,44 @@ def extract_outlines(
 def simplified(
     lower: np.ndarray, best: np.ndarray, upper: np.ndarray, allowed: np.ndarray, transform: Affine, tolerance_m: float
 ) -> tuple[shapely.Geometry, shapely.Geometry, shapely.Geometry]:
-    """Polygons of nested masks (H, W) with fewer corners, in the grid's CRS: lower inside best inside upper, exactly.
+    """Polygons of nested masks (H, W) with fewer corners, in the grid's CRS: lower inside best inside upper.
 
-    The masks divide the ``allowed`` ground into pieces that share their borders: lower, what best adds, what upper
-    adds, and the rest. The pieces are simplified together, a shared border once (coverage simplification of GEOS:
-    Visvalingam and Whyatt 1993, doi:10.1179/000870493786962263), and joined again, so no gap and no overlap can
-    arise. The border of the allowed ground stays as it is: that is where neighbours begin. No patch or hole vanishes.
-    ``tolerance_m``: corners go whose triangle has less than its square in area.
+    Each mask divides the ``allowed`` ground in two; the border between the two is simplified (coverage simplification
+    of GEOS after Visvalingam and Whyatt 1993, doi:10.1179/000870493786962263), which neither opens nor closes a patch
+    or hole. The border of the allowed ground stays as it is: that is where neighbours begin. Where the simplified
+    lines then cross, lower is cut at best and upper widened to it. ``tolerance_m``: corners go whose triangle has less
+    than its square in area.
     """
     import shapely
-    from rasterio.features import shapes
 
-    level = allowed.astype(np.uint8) + upper + best + lower
-    found = list(shapes(level, mask=level > 0, connectivity=CONNECTIVITY))
-    if not found:
-        return (shapely.MultiPolygon(),) * 3
-    of_piece = np.array([int(value) for _, value in found])
-    pieces = np.array([shapely.geometry.shape(geometry) for geometry, _ in found], dtype=object)
-    # Pieces count as neighbours only where their borders have the same corners: every pixel's corner is one.
-    pieces = shapely.transform(shapely.segmentize(pieces, 1.0), np.round)
     pixel_m = np.sqrt(abs(transform.a * transform.e - transform.b * transform.d))
-    pieces = shapely.coverage_simplify(pieces, tolerance_m / pixel_m, simplify_boundary=False)
+    low, middle, high = (_fewer_corners(mask, allowed, tolerance_m / pixel_m) for mask in (lower, best, upper))
+    shapes = (shapely.intersection(low, middle), middle, shapely.union(high, middle))
 
     def placed(corners: np.ndarray) -> np.ndarray:
         column, row = corners[:, 0], corners[:, 1]
         x = transform.c + transform.a * column + transform.b * row
         return np.column_stack([x, transform.f + transform.d * column + transform.e * row])
 
-    pieces = shapely.transform(pieces, placed)
-    of_bound = [polygonal(shapely.union_all(pieces[of_piece >= least])) for least in (4, 3, 2)]
-    return of_bound[0], of_bound[1], of_bound[2]
+    low, middle, high = (polygonal(shapely.transform(polygonal(shape), placed)) for shape in shapes)
+    return low, middle, high
+
+
+def _fewer_corners(mask: np.ndarray, allowed: np.ndarray, tolerance: float) -> shapely.Geometry:
+    """Simplified polygon of a mask inside the fixed border of ``allowed``; in pixels, tolerance too."""
+    import shapely
+    from rasterio.features import shapes
+
+    found = list(shapes(allowed.astype(np.uint8) + mask, mask=allowed, connectivity=CONNECTIVITY))
+    inside = np.array([value == 2 for _, value in found], dtype=bool)
+    if not inside.any():
+        return shapely.MultiPolygon()
+    pieces = np.array([shapely.geometry.shape(geometry) for geometry, _ in found], dtype=object)
+    # Pieces count as neighbours only where their borders have the same corners: every pixel's corner is one.
+    pieces = shapely.transform(shapely.segmentize(pieces, 1.0), np.round)
+    pieces = shapely.coverage_simplify(pieces, tolerance, simplify_boundary=False)
+    # Without the corners on straight stretches of the fixed border.
+    return polygonal(shapely.simplify(shapely.union_all(pieces[inside]), 0.0))
 
 
 def sieved(mask: np.ndarray, size_px: int) -> np.ndarray:
