@@ -606,6 +606,13 @@ class EvaluationSettings(_Strict):
     )
     reference_layer: str | None = None
     reference_source: str = Field("", description="Citation of the second inventory.")
+    debris_covered_min: float = Field(
+        0.1,
+        gt=0,
+        le=1,
+        description="Share of debris in the outline from which a glacier counts as debris-covered where quality is shown "
+        "apart for debris-covered and clean glaciers. Ours; the published figures are not split.",
+    )
 
 
 class ComputeSettings(_Strict):

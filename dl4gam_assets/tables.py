@@ -350,7 +350,8 @@ _TABLES = [
         _c("role", "string", "test or valid", nullable=False),
         _c("method", "string", "ensemble or the name of a baseline", key=True, nullable=False),
         _c("scope", "string", "scene: every valid pixel of the glacier's cell in the full scene; ring: within 50 m (the paper's); "
-           "debris: debris-covered pixels (recall only); reference: as scene, judged by a second inventory", key=True, nullable=False),
+           "debris: debris-covered pixels (recall only); clean_ice: the outline's other pixels (recall only); "
+           "reference: as scene, judged by a second inventory", key=True, nullable=False),
         _c("n_pixels", "int64", "Pixels judged", nullable=False, minimum=0),
         _c("true_positive", "int64", "Pixels", nullable=False, minimum=0),
         _c("false_positive", "int64", "Pixels", nullable=False, minimum=0),
@@ -359,6 +360,10 @@ _TABLES = [
         _c("precision", "float64", "Precision", minimum=0, maximum=1),
         _c("recall", "float64", "Recall", minimum=0, maximum=1),
         _c("f1", "float64", "F1", minimum=0, maximum=1),
+        _c("inventory_area_km2", "float64", "Area of the outline: the weight in area-weighted means", minimum=0),
+        _c("size_class", "string", "Size class of the outline, km2 (change.size_class_edges_km2)"),
+        _c("debris_share", "float64", "Debris-covered share of the outline (null: the region has no debris source)", minimum=0, maximum=1),
+        _c("debris_covered", "bool", "That share is at least evaluation.debris_covered_min (null: unknown)"),
     ), ("fold",)),
     Table("outlines", "Predicted outlines of each year: best, lower and upper (EPSG:4326).", (
         _ID, _YEAR,

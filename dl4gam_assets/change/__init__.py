@@ -25,6 +25,8 @@ _HOMES = {
     "extract_outlines": "outlines",
     "evaluate_glacier": "evaluation",
     "pooled_scores": "evaluation",
+    "class_scores": "evaluation",
+    "glacier_classes": "evaluation",
     "scores": "evaluation",
     "area_changes": "rates",
     "decimal_year": "rates",
