@@ -82,7 +82,8 @@ def ground_of(
 
     Parameters
     ----------
-    glaciers, zones, debris : the tables (EPSG:4326); all glaciers, also those that are not modelled.
+    glaciers, zones, debris : the tables (EPSG:4326); all glaciers, also those that are not modelled. Of the zones those
+        of 20 m are enough.
     epsg : EPSG code of the cube's grid, in metres.
 
     Raises
@@ -94,7 +95,8 @@ def ground_of(
     import shapely
 
     own = glaciers[glaciers["glacier_id"] == glacier_id]
-    of_20_m = zones[zones["buffer_m"] == 20]
+    # A table of 20 m zones alone is used as it is, with the spatial index that it has.
+    of_20_m = zones if (zones["buffer_m"] == 20).all() else zones[zones["buffer_m"] == 20]
     own_zone = of_20_m[of_20_m["glacier_id"] == glacier_id]
     if not len(own) or not len(own_zone):
         raise KeyError(f"glacier {glacier_id!r} has no outline or no 20 m zone: materialize glacier_zones")
@@ -109,11 +111,11 @@ def ground_of(
     lost_zone: shapely.Geometry = shapely.MultiPolygon()
     if shared_ground == "once":
         near = of_20_m.iloc[of_20_m.sindex.query(own_zone.geometry.iloc[0], predicate="intersects")]
-        before = glaciers.loc[glaciers["glacier_int"] < own["glacier_int"].iloc[0], "glacier_id"]
-        near = near[near["glacier_id"].isin(before)]
-        if len(near):
-            lost_zone = shapely.union_all(metric(near.geometry))
-            lost_outline = shapely.union_all(metric(glaciers[glaciers["glacier_id"].isin(near["glacier_id"])].geometry))
+        others = glaciers[glaciers["glacier_id"].isin(near["glacier_id"])]
+        before = others[others["glacier_int"] < own["glacier_int"].iloc[0]]
+        if len(before):
+            lost_outline = shapely.union_all(metric(before.geometry))
+            lost_zone = shapely.union_all(metric(near[near["glacier_id"].isin(before["glacier_id"])].geometry))
             outline = polygonal(shapely.difference(outline, lost_outline))
             zone = polygonal(shapely.union(shapely.difference(zone, lost_zone), outline))
             rocks = polygonal(shapely.intersection(rocks, outline))

@@ -42,9 +42,23 @@ def _shares_of(site: Site, glacier_id: str, cube: xr.Dataset) -> Shares:
     settings = site.region.areas
     if settings.pixels == "whole" and settings.shared_ground == "each":
         return whole_shares(cube)
-    glaciers, zones, debris = (cached_table(site, name) for name in ("glaciers", "zones", "debris"))
-    ground = ground_of(glacier_id, glaciers, zones, debris, pixel_grid(cube)[1], settings.shared_ground)
+    glaciers, debris = (cached_table(site, name) for name in ("glaciers", "debris"))
+    ground = ground_of(glacier_id, glaciers, _zones_of_20_m(site), debris, pixel_grid(cube)[1], settings.shared_ground)
     return fractional_shares(cube, ground) if settings.pixels == "fractional" else whole_shares(cube, ground)
+
+
+_ZONES: dict[str, tuple[Any, Any]] = {}
+
+
+def _zones_of_20_m(site: Site) -> Any:
+    """The zones of 20 m, picked and indexed once while the table is the same."""
+    zones = cached_table(site, "zones")
+    table, picked = _ZONES.get(site.root, (None, None))
+    if table is not zones:
+        picked = zones[zones["buffer_m"] == 20]
+        _ZONES.clear()
+        _ZONES[site.root] = (zones, picked)
+    return picked
 
 
 def _shares_inputs(ws: Workspace) -> dict[str, Any]:
