@@ -24,7 +24,7 @@ from dl4gam_assets.change import area_row, fractional_shares, ground_of, size_cl
 from dl4gam_assets.change.areas import Shares, pixel_grid
 from dl4gam_assets.cubes import open_cube
 from dl4gam_assets.ensemble import read_prediction
-from dl4gam_assets.settings import load_region
+from dl4gam_assets.settings import Region, load_region
 from dl4gam_assets.storage import Storage
 
 WAYS = (("whole", "each"), ("whole", "once"), ("fractional", "each"), ("fractional", "once"))
@@ -56,6 +56,8 @@ def main() -> int:
     parser.add_argument("--region", default="demo", help="packaged region or YAML file")
     parser.add_argument("--home", default=os.environ.get("DL4GAM_HOME", "dl4gam_home"))
     parser.add_argument("--year", type=int, help="default: the baseline year")
+    parser.add_argument("--picture", help="PNG to draw: outlines of one glacier, plain and simplified, both pixels")
+    parser.add_argument("--glacier", help="for --picture; default: one of median area")
     options = parser.parse_args()
     region = load_region(options.region)
     storage = Storage(f"{options.home}/{region.name}")
@@ -109,6 +111,9 @@ def main() -> int:
     for name, value in seconds.items():
         ratio = "" if name.startswith("reading") else f"{(value + seconds['reading cube and map']) / base:.2f}"
         print(f"| {name} | {1000 * value / len(frame):.1f} | {ratio} |")
+    if options.picture:
+        middle = frame.sort_values("polygon_km2")["glacier_id"].iloc[len(frame) // 2]
+        picture(options.picture, storage, region, year, options.glacier or middle)
     nested = all(
         (frame[f"{p}_{r}_lower_km2"] <= frame[f"{p}_{r}_area_km2"]).all()
         and (frame[f"{p}_{r}_area_km2"] <= frame[f"{p}_{r}_upper_km2"]).all()
@@ -116,6 +121,53 @@ def main() -> int:
     )
     exact = np.allclose(frame["fractional_each_inventory_area_km2"], frame["polygon_km2"], rtol=1e-5)
     return 0 if nested and exact else 1
+
+
+def picture(path: str, storage: Storage, region: Region, year: int, glacier_id: str) -> None:
+    """Draw the lowest part of a glacier's outlines: whole and fractional pixels, plain and simplified."""
+    import matplotlib.pyplot as plt
+
+    from dl4gam_assets.stages.areas import outlines_of
+    from dl4gam_assets.stages.base import Site
+
+    predictions = storage.read_table("predictions", year=year).set_index("glacier_id")
+    fold = int(predictions.loc[glacier_id, "fold"])
+    glaciers = storage.read_table("glaciers")
+    epsg = int(glaciers.loc[glaciers["glacier_id"] == glacier_id, "utm_epsg"].iloc[0])
+    inventory = glaciers.to_crs(epsg)
+    areas = storage.read_table("areas", year=year).set_index("glacier_id")
+    pixel_m = region.imagery.sensor.pixel_m
+    figure, axes = plt.subplots(2, 2, figsize=(9, 9), layout="constrained")
+    for axis, (pixels, simplify_px) in zip(axes.flat, [(p, s) for p in ("whole", "fractional") for s in (0, 1.5)]):
+        settings = region.areas.model_copy(update={"pixels": pixels, "simplify_m": simplify_px * pixel_m})
+        site = Site(region.model_copy(update={"areas": settings}), str(storage.root))
+        outlines = outlines_of(site, year, fold, glacier_id)
+        corners = int(outlines.count_coordinates().sum())
+        metric = outlines.to_crs(epsg).set_index("bound")
+        inventory.boundary.plot(ax=axis, color="#2a9d4e", lw=0.8, ls="--")
+        for bound, colour in (("upper", "#1f77b4"), ("lower", "#d62728"), ("best", "black")):
+            if bound in metric.index:
+                metric.loc[[bound]].boundary.plot(ax=axis, color=colour, lw=1.1)
+        place = areas.loc[[glacier_id], ["terminus_lon", "terminus_lat"]].astype(float)
+        if place.notna().all(axis=None):
+            import geopandas as gpd
+
+            points = gpd.GeoSeries.from_xy(place["terminus_lon"], place["terminus_lat"], crs=4326).to_crs(epsg)
+            points.plot(ax=axis, color="#c51b8a", zorder=5, markersize=30)
+            x, y = points.iloc[0].x, points.iloc[0].y
+        else:
+            x, y = metric.geometry.iloc[0].representative_point().coords[0]
+        half = 30 * pixel_m
+        middle = metric.geometry.iloc[0].centroid
+        away = max(np.hypot(middle.x - x, middle.y - y), 1.0)
+        x, y = x + 0.7 * half * (middle.x - x) / away, y + 0.7 * half * (middle.y - y) / away
+        axis.set(xlim=(x - half, x + half), ylim=(y - half, y + half), xticks=[], yticks=[], xlabel="", ylabel="")
+        axis.set_title(f"{pixels} pixels, simplify_m {settings.simplify_m:g}: {corners} corners", fontsize=10)
+    figure.suptitle(
+        f"{glacier_id}, {year}: lower (red), best (black), upper (blue), inventory (green), terminus (dot)", fontsize=10
+    )
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
 
 
 def by_size(frame: pd.DataFrame, edges: list[float]) -> None:

@@ -610,8 +610,8 @@ class EvaluationSettings(_Strict):
         0.1,
         gt=0,
         le=1,
-        description="Share of debris in the outline from which a glacier counts as debris-covered where quality is shown "
-        "apart for debris-covered and clean glaciers. Ours; the published figures are not split.",
+        description="Share of debris in the outline from which a glacier counts as debris-covered where quality is "
+        "shown apart for debris-covered and clean glaciers. Ours; the published figures are not split.",
     )
 
 

@@ -91,7 +91,6 @@ def ground_of(
     KeyError
         if the glacier is not in the inventory or has no 20 m zone.
     """
-    import geopandas as gpd
     import shapely
 
     own = glaciers[glaciers["glacier_id"] == glacier_id]

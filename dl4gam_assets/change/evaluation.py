@@ -164,7 +164,10 @@ def pooled_scores(
 
 
 def glacier_classes(
-    glaciers: pd.DataFrame, debris: pd.DataFrame | None, size_class_edges_km2: Sequence[float], debris_covered_min: float
+    glaciers: pd.DataFrame,
+    debris: pd.DataFrame | None,
+    size_class_edges_km2: Sequence[float],
+    debris_covered_min: float,
 ) -> pd.DataFrame:
     """What the quality of a glacier's map is broken down by, one row a glacier (index glacier_id).
 

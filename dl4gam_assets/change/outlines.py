@@ -1,6 +1,7 @@
 """Polygons of a glacier's map: best estimate, lower and upper bound.
 
-Belongs here: mask to polygon, and fewer corners. Does not belong here: which pixels count and what a bound is (``areas``).
+Belongs here: mask to polygon, and fewer corners.
+Does not belong here: which pixels count and what a bound is (``areas``).
 """
 
 from __future__ import annotations
