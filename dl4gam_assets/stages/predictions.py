@@ -264,8 +264,8 @@ def evaluation(ws: Workspace, fold: int, *, force: bool = False) -> StageResult:
         "note": ws.region.evaluation.note,
         "classes": {
             "version": 1,
-            "glaciers": ws.upstream("inventory_outlines"),
-            "debris": ws.upstream("debris_outlines"),
+            "glaciers": ws.upstream_or_none("inventory_outlines"),
+            "debris": ws.upstream_or_none("debris_outlines"),
             "edges": ws.region.change.size_class_edges_km2,
             "debris_covered_min": ws.region.evaluation.debris_covered_min,
         },
