@@ -276,10 +276,10 @@ def evaluation(ws: Workspace, fold: int, *, force: bool = False) -> StageResult:
 
 def _by_class(scores: pd.DataFrame) -> list[dict[str, Any]]:
     """The ensemble's scores by size class and debris, a row a class, for people to look at."""
-    shown = scores[scores["method"] == "ensemble"].set_index(["grouping", "group", "scope"])
+    shown = scores[scores["method"] == "ensemble"]
     rows = []
-    for grouping, group in dict.fromkeys(shown.index.droplevel("scope")):
-        of_class = shown.loc[(grouping, group)]
+    for (grouping, group), part in shown.groupby(["grouping", "group"], sort=False):
+        of_class = part.set_index("scope")
         row: dict[str, Any] = {"by": grouping, "class": group, "glaciers": int(of_class["n_glaciers"].max())}
         for name, scope, score in (
             ("scene IoU", "scene", "iou"), ("scene IoU, by area", "scene", "weighted_iou"),
