@@ -551,6 +551,28 @@ class CalibrationSettings(_Strict):
     ece_bins: int = 40
 
 
+class AreaSettings(_Strict):
+    """How areas and outlines are measured on the map (docs/areas.md)."""
+
+    pixels: Literal["whole", "fractional"] = Field(
+        "whole",
+        description="'whole': a pixel counts if its centre lies in the outline or its 20 m zone (published). "
+        "'fractional': pixels on an ice divide or on the zone's outer edge count by the share that is covered.",
+    )
+    shared_ground: Literal["each", "once"] = Field(
+        "each",
+        description="Ground inside several outlines of an inventory that overlap: 'each' of the glaciers counts it (as "
+        "published), or it counts 'once', for the first of them in the inventory. Other ground always goes to the "
+        "nearest outline.",
+    )
+    simplify_m: float = Field(
+        0.0,
+        ge=0,
+        description="Outlines lose corners whose triangle is smaller than the square of this length (metres; from 0.8 "
+        "pixels on the steps of pixels go). Lower, best and upper stay nested. 0: outlines follow the pixels.",
+    )
+
+
 class ChangeSettings(_Strict):
     """Rates, quality flags, totals and trends (METHOD sections 9 and 11)."""
 
@@ -625,6 +647,13 @@ class EvaluationSettings(_Strict):
     )
     reference_layer: str | None = None
     reference_source: str = Field("", description="Citation of the second inventory.")
+    debris_covered_min: float = Field(
+        0.1,
+        gt=0,
+        le=1,
+        description="Share of debris in the outline from which a glacier counts as debris-covered where quality is "
+        "shown apart for debris-covered and clean glaciers. Ours; the published figures are not split.",
+    )
 
 
 class ComputeSettings(_Strict):
@@ -678,6 +707,7 @@ class Region(_Strict):
     inference: InferenceSettings = InferenceSettings()
     baseline: BaselineSettings = BaselineSettings()
     calibration: CalibrationSettings = CalibrationSettings()
+    areas: AreaSettings = AreaSettings()
     change: ChangeSettings = ChangeSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     simulation: SimulationSettings | None = None
