@@ -570,6 +570,8 @@ def _print_transfer(found: Any) -> None:
     table.add_row("glaciers, area", f"{s['glaciers']}, {s['area_km2']:.2f} km2")
     table.add_row("held out by a fold", f"{s['held_out']} ({100 * s['held_out_share']:.1f}% of the area)")
     table.add_row("measured on held-out maps", f"{s['measured']} ({100 * s['measured_share']:.1f}% of the area)")
+    if s["partly_mapped"]:
+        table.add_row("partly mapped or seen, left out below", str(s["partly_mapped"]))
     if s["measured"]:
         table.add_row(
             "their area: estimate, outlines",

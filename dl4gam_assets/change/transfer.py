@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 MIN_OVERLAP_M2 = 100.0
 #: One of two glaciers is the counterpart of the other if at least this share of either lies in the other.
 COUNTERPART_SHARE = 0.5
+#: A glacier whose outline is mapped by less than this counts as partly mapped: its area is not that of the outline.
+COMPLETE_SHARE = 0.95
 #: Training glaciers farther away than this are not looked for.
 FAR_M = 50_000.0
 
@@ -467,30 +469,34 @@ def transferred_row(
     return row
 
 
-def summarize_transfer(rows: pd.DataFrame) -> dict[str, Any]:
+def summarize_transfer(rows: pd.DataFrame, usable_min: float = 0.7) -> dict[str, Any]:
     """Figures of a transfer over all glaciers of the second inventory.
 
     Parameters
     ----------
     rows : one row a glacier: outline_km2, reason, and for those measured the columns of :func:`transferred_row`
+    usable_min : least share of a glacier and its 20 m zone that the image shows (``change.usable_min``)
 
     Returns
     -------
-    dict: glaciers, area_km2; held_out_share and measured_share of that area; measured (number), measured_outline_km2,
-    mapped_km2 (sum of estimates), lower_km2, upper_km2, inside_share (outline areas inside their interval), recall (of
-    summed pixels), iou and ring_iou (of summed pixels), mean_iou, mean_ring_iou (mean over glaciers),
-    median_relative_difference (area / outline - 1).
+    dict: glaciers, area_km2; held_out (number) and held_out_share of that area; partly_mapped (number: a map reaches
+    less than 95 % of the outline, or the image shows less than ``usable_min``); over the others: measured (number),
+    measured_share of the area, measured_outline_km2, mapped_km2 (sum of estimates), lower_km2, upper_km2, inside_share
+    (outline areas inside their interval), recall (of summed pixels), iou and ring_iou (of summed pixels), mean_iou,
+    mean_ring_iou (mean over glaciers), median_relative_difference (area / outline - 1).
     """
     total = float(rows["outline_km2"].sum())
     held = rows[rows["reason"] == "held out"]
-    known = held[held["area_km2"].notna()] if "area_km2" in held else held.iloc[:0]
+    reached = held[held["area_km2"].notna()] if "area_km2" in held else held.iloc[:0].assign(mapped_share=0.0, usable_share=0.0)
+    known = reached[(reached["mapped_share"] >= COMPLETE_SHARE) & (reached["usable_share"] >= usable_min)]
     out: dict[str, Any] = {
         "glaciers": len(rows),
         "area_km2": total,
         "held_out": len(held),
         "held_out_share": float(held["outline_km2"].sum()) / total if total else 0.0,
+        "partly_mapped": len(reached) - len(known),
         "measured": len(known),
-        "measured_share": float((known["outline_km2"] * known["mapped_share"]).sum()) / total if len(known) else 0.0,
+        "measured_share": float(known["outline_km2"].sum()) / total if total else 0.0,
     }
     if not len(known):
         return out

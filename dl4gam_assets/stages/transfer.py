@@ -132,7 +132,7 @@ def transfer(
     )
     out.insert(1, "year", year)
     out = out.sort_values("glacier_id", ignore_index=True)
-    summary = summarize_transfer(out)
+    summary = summarize_transfer(out, ws.region.change.usable_min)
     summary["relations"] = relation_counts(id_map)
     return Transfer(out, id_map, summary, rejected)
 
