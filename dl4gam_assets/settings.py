@@ -549,6 +549,26 @@ class CalibrationSettings(_Strict):
         description="With fewer validation glaciers the regression of tau is replaced by one regional quantile.",
     )
     ece_bins: int = 40
+    intervals: Literal["published", "conformal"] = Field(
+        "published",
+        description="Which tau makes the interval of an area. 'published': quantile regression on four features. "
+        "'conformal': the rank of the covering taus of validation glaciers of the same size and debris class, which "
+        "keeps its coverage with any number of them. Both are in the table `taus` (docs/validation.md).",
+    )
+    conformal_size_edges_km2: list[float] = Field(
+        [0.5, 2.0], description="Edges between the size classes of conformal intervals (inventory area)."
+    )
+    conformal_debris_min: float = Field(
+        0.1, gt=0, le=1, description="Debris share of the outline from which a glacier is in the debris-covered class."
+    )
+    conformal_min_glaciers: int = Field(
+        10, ge=3, description="A group with fewer validation glaciers is replaced by a coarser one."
+    )
+    conformal_pool_folds: bool = Field(
+        True,
+        description="Groups with too few validation glaciers in their own fold take those of all folds, each judged by "
+        "models that did not train on it, without the glaciers that the fold tests.",
+    )
 
 
 class AreaSettings(_Strict):

@@ -72,14 +72,19 @@ def _shares_inputs(ws: Workspace) -> dict[str, Any]:
 
 
 def interval_taus(ws: Workspace, fold: int, *, force: bool = False) -> StageResult:
-    """Apply the fold's rule for tau to its test glaciers' predictions in the inventory year."""
-    from dl4gam_assets.ensemble import TauRule
+    """tau of the fold's test glaciers from their maps of the inventory year: published and conformal, side by side.
 
-    baseline = ws.region.years.baseline
+    The column ``tau`` is the one that ``calibration.intervals`` names; areas and outlines of all years use it.
+    """
+    from dl4gam_assets.ensemble import TauRule, conformal_classes, conformal_taus, pooled_validation
+
+    baseline, settings, label = ws.region.years.baseline, ws.region.calibration, fold_label(fold)
+    others = [f for f in range(1, ws.region.folds.n + 1) if f != fold and settings.conformal_pool_folds]
 
     def work() -> tuple[str, dict[str, Any], dict[str, bytes]]:
-        predictions = ws.storage.read_table("predictions", year=baseline, fold=fold)
-        calibration = ws.storage.read_table("calibration", fold=fold)
+        storage = ws.storage
+        predictions = storage.read_table("predictions", year=baseline, fold=fold)
+        calibration = storage.read_table("calibration", fold=fold)
         rule = TauRule.from_json(str(calibration["coefficients"].iloc[0]))
         features = pd.DataFrame(
             {
@@ -89,20 +94,58 @@ def interval_taus(ws: Workspace, fold: int, *, force: bool = False) -> StageResu
                 "aleatoric_std": predictions["aleatoric_std"].to_numpy(dtype=float),
             }
         )
-        taus = pd.DataFrame({"glacier_id": predictions["glacier_id"].to_numpy(), "tau": rule.predict(features)})
-        ws.storage.write_table("taus", taus, {"fold": fold})
+        scores = storage.read_table("calibration_glaciers", fold=[fold, *others])
+        if not (scores["fold"] == fold).any():
+            raise UpstreamError(f"calibration [{label}] was made by an older version: materialize it again")
+        own, pooled = pooled_validation(scores, storage.read_table("folds"), fold, settings.conformal_pool_folds)
+        classes = conformal_classes(storage.read_table("glaciers"), storage.read_table("debris"), settings)
+        taus = conformal_taus(own, pooled, classes, predictions["glacier_id"].tolist(), settings)
+        taus["tau_published"] = rule.predict(features)
+        taus["tau"] = taus[f"tau_{settings.intervals}"]
+        storage.write_table("taus", taus, {"fold": fold})
+        few = taus[taus["conformal_n"] < settings.conformal_min_glaciers]
         metadata = {
             "glaciers": len(taus),
             "median_tau": float(taus["tau"].median()) if len(taus) else None,
+            "intervals": settings.intervals,
             "method": rule.method,
+            "median_tau_published": float(taus["tau_published"].median()) if len(taus) else None,
+            "median_tau_conformal": float(taus["tau_conformal"].median()) if len(taus) else None,
+            "conformal_groups": _groups_of(taus),
+            "conformal_from_few_glaciers": len(few),
         }
         return frame_fingerprint(taus), metadata, {}
 
     inputs = {
         "predictions": ws.upstream("glacier_predictions", year_fold_label(baseline, fold)),
-        "calibration": ws.upstream("calibration", fold_label(fold)),
+        "calibration": ws.upstream("calibration", label),
+        "other_calibrations": {f: ws.upstream_or_none("calibration", fold_label(f)) for f in others},
+        "folds": ws.upstream("cross_validation_folds"),
+        "glaciers": ws.upstream("inventory_outlines"),
+        "debris": ws.upstream_or_none("debris_outlines"),
+        "settings": settings.model_dump(mode="json", include={"intervals", "coverage", *_CONFORMAL}),
     }
-    return run_stage(ws, "interval_taus", fold_label(fold), inputs, work, force=force)
+    return run_stage(ws, "interval_taus", label, inputs, work, force=force)
+
+
+_CONFORMAL = {
+    "conformal_size_edges_km2", "conformal_debris_min", "conformal_min_glaciers", "conformal_pool_folds",
+}  # fmt: skip
+
+
+def _groups_of(taus: pd.DataFrame) -> list[dict[str, Any]]:
+    """The groups behind the conformal taus, for people to look at."""
+    groups = taus.groupby(["conformal_group", "conformal_scope"], sort=True)
+    return [
+        {
+            "group": str(name),
+            "scores_of": str(scope),
+            "validation_glaciers": int(g["conformal_n"].iloc[0]),
+            "tau": round(float(g["tau_conformal"].iloc[0]), 4),
+            "glaciers": len(g),
+        }
+        for (name, scope), g in groups
+    ]
 
 
 def _tau_of(site: Site, glacier_id: str, fold: int) -> float:

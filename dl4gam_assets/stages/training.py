@@ -515,7 +515,12 @@ def calibration(ws: Workspace, fold: int, *, force: bool = False) -> StageResult
     inputs = {
         "ensemble": ws.upstream("ensemble", label),
         "cubes": _baseline_cubes(ws),
-        "settings": settings.model_dump(mode="json"),
+        # What belongs to conformal intervals alone is applied in `interval_taus`.
+        "settings": settings.model_dump(
+            mode="json",
+            exclude={name for name in type(settings).model_fields if name.startswith("conformal_")} | {"intervals"},
+        ),
+        "tables": 2,  # raised when the columns change
         "inference": ws.region.inference.model_dump(mode="json"),
     }
 
@@ -542,7 +547,7 @@ def calibration(ws: Workspace, fold: int, *, force: bool = False) -> StageResult
         after, _ = science.aggregate(logits, np.asarray(temperatures))
         ece = [science.expected_calibration_error(p, labels, settings.ece_bins) for p in (before, after)]
 
-        features, taus, truths, intervals = [], [], [], []
+        features, taus, truths, areas, intervals = [], [], [], [], []
         for value in values.values():
             mean, std = science.aggregate(value["logits"], np.asarray(temperatures))
             mean, std, _ = fill_gaps(mean, std, value["valid"], value["zone"], value["dem"], ws.region.inference)
@@ -553,13 +558,24 @@ def calibration(ws: Workspace, fold: int, *, force: bool = False) -> StageResult
                 mean, std, value["allowed"], value["pixel_km2"], truth, settings.tau_step, settings.tau_max
             ))  # fmt: skip
             truths.append(truth)
+            areas.append(area)
             intervals.append((mean, std, value["allowed"], value["pixel_km2"]))
-        table = pd.DataFrame(features)
-        rule = science.fit_tau(table, np.asarray(taus), settings)
-        covered = []
-        for tau, truth, (mean, std, allowed, pixel) in zip(rule.predict(table), truths, intervals, strict=True):
+        rule = science.fit_tau(pd.DataFrame(features), np.asarray(taus), settings)
+        table = pd.DataFrame(features).drop(columns="log_area").assign(
+            glacier_id=list(values),
+            n_pixels=[len(value["sample_labels"]) for value in values.values()],
+            inventory_area_km2=truths,
+            predicted_area_km2=np.asarray(areas, dtype=float),
+            covering_tau=taus,
+            tau=rule.predict(pd.DataFrame(features)),
+        )  # fmt: skip
+        bounds = []
+        for tau, (mean, std, allowed, pixel) in zip(table["tau"], intervals, strict=True):
             lower, upper = science.interval_masks(mean, std, float(tau), allowed)
-            covered.append(lower.sum() * pixel - 1e-9 <= truth <= upper.sum() * pixel + 1e-9)
+            bounds.append((float(lower.sum() * pixel), float(upper.sum() * pixel)))
+        table[["lower_km2", "upper_km2"]] = bounds
+        truth = table["inventory_area_km2"]
+        table["inside"] = (table["lower_km2"] - 1e-9 <= truth) & (truth <= table["upper_km2"] + 1e-9)
         manifest = manifest_of(ws.site, fold)
         frame = pd.DataFrame(
             {
@@ -571,24 +587,33 @@ def calibration(ws: Workspace, fold: int, *, force: bool = False) -> StageResult
                 "method": rule.method,
                 "n_glaciers": len(values),
                 "coefficients": rule.to_json(),
-                "validation_coverage": float(np.mean(covered)),
+                "validation_coverage": float(table["inside"].mean()),
+                "n_pixels": len(labels),
+                "glacier_ids": json.dumps(list(values)),
+                "temperature_at_limit": np.isclose(
+                    np.asarray(temperatures)[:, None], np.asarray(settings.temperature_bounds), atol=1e-3
+                ).any(axis=1),
             }
         )
+        bins = settings.ece_bins
+        diagrams = {name: science.reliability(p, labels, bins) for name, p in ((False, before), (True, after))}
+        diagram = pd.concat([d.assign(calibrated=name) for name, d in diagrams.items()], ignore_index=True)
+        ws.storage.write_table("calibration_glaciers", table, {"fold": fold})
+        ws.storage.write_table("reliability", diagram, {"fold": fold})
         ws.storage.write_table("calibration", frame, {"fold": fold})
         metadata = {
             "validation_glaciers": len(values),
+            "validation_pixels": len(labels),
             "method": rule.method,
             "ece_before": ece[0],
             "ece_after": ece[1],
             "mean_temperature": float(np.mean(temperatures)),
+            "temperatures_at_limit": int(frame["temperature_at_limit"].sum()),
             "median_tau": float(np.median(taus)),
-            "validation_coverage": float(np.mean(covered)),
+            "validation_coverage": float(table["inside"].mean()),
         }
-        bins = settings.ece_bins
-        picture = previews.reliability(
-            science.reliability(before, labels, bins), science.reliability(after, labels, bins), label
-        )
-        return frame_fingerprint(frame), metadata, {"reliability": picture}
+        picture = previews.reliability(diagrams[False], diagrams[True], label)
+        return fingerprint([frame_fingerprint(frame), frame_fingerprint(table)]), metadata, {"reliability": picture}
 
     return run_stage(ws, "calibration", label, inputs, work, force=force)
 
