@@ -14,6 +14,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+#: Rules that make the interval of an area; each has its columns in the tables ``taus`` and ``areas``.
+INTERVAL_RULES = ("published", "conformal")
+
 _PANDAS = {
     "string": "string",
     "int64": "Int64",
@@ -199,6 +202,10 @@ _AREA = (
     _c("fold", "int64", "Cross-validation iteration that made the estimate", nullable=False),
     _c("image_date", "timestamp", "Acquisition date of the image", nullable=False),
     _c("tau", "float64", "tau of the interval", minimum=0, maximum=0.5),
+    *(
+        _c(f"{bound}_{rule}_km2", "float64", f"{bound.capitalize()} bound of the area by the {rule} rule for tau (calibration.intervals names the rule of {bound}_km2)", minimum=0)
+        for rule in INTERVAL_RULES for bound in ("lower", "upper")
+    ),
     _c("inventory_area_km2", "float64", "Area of the inventory outline on the same pixels (whole or fractional: areas.pixels)", minimum=0),
     _c("recall", "float64", "Predicted share of the inventory outline", minimum=0, maximum=1),
     _c("false_positive_rate", "float64", "Predicted share of the ice-free ring 20 to 50 m outside", minimum=0, maximum=1),

@@ -28,6 +28,7 @@ _HOMES = {
     "class_scores": "evaluation",
     "glacier_classes": "evaluation",
     "scores": "evaluation",
+    "interval_coverage": "coverage",
     "area_changes": "rates",
     "decimal_year": "rates",
     "regional_changes": "regional",

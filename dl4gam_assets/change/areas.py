@@ -10,6 +10,7 @@ rule for ground that two inventory outlines share go beyond it (docs/areas.md).
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -274,6 +275,7 @@ def area_row(
     tau: float,
     threshold: float = 0.5,
     shares: Shares | None = None,
+    other_taus: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Figures of one glacier and image: a row of the table ``areas`` but for year, fold, date and filled share.
 
@@ -284,6 +286,8 @@ def area_row(
     their median position. ``debris_area_km2`` is predicted ice on the inventory's debris. ``usable_share`` is the share
     of the 20 m zone that was neither cloudy nor missing. A share without pixels to judge is None; recall on debris is
     None where debris covers less than 1% of the outline, the terminus where elevation is unknown.
+    ``other_taus`` (name: tau) adds the columns ``lower_NAME_km2`` and ``upper_NAME_km2``, so that intervals by several
+    rules stand side by side.
 
     Raises
     ------
@@ -338,6 +342,10 @@ def area_row(
         "terminus_lat": terminus_lat,
         "usable_share": _share(~cube_mask(cube, "not_ok"), near),
     }
+    for rule, other in (other_taus or {}).items():
+        bounds = masks if other == tau else bound_masks(mean, std, shares.counted > 0, other, threshold)
+        row[f"lower_{rule}_km2"] = _pixels(shares.counted, bounds.lower) * km2
+        row[f"upper_{rule}_km2"] = _pixels(shares.counted, bounds.upper) * km2
     if "glacier_id" in cube.attrs:
         row["glacier_id"] = name
     return row

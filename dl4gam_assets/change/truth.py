@@ -13,11 +13,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from dl4gam_assets.tables import INTERVAL_RULES
+
 
 @dataclass(frozen=True)
 class TruthComparison:
     """Figures of the comparison; :meth:`lines` tells them as (what, estimate, truth).
 
+    ``coverage_by_rule``: the same share for each rule that the areas have intervals of (published, conformal).
     ``rates`` holds one mapping a year and method; ``not_compared`` names the regional rates whose glaciers are not
     those of the truth, and why.
     """
@@ -29,6 +32,7 @@ class TruthComparison:
     mean_absolute_error_km2: float
     median_relative_error_pct: float
     interval_coverage: float
+    coverage_by_rule: dict[str, float] = field(default_factory=dict)
     rates: list[dict[str, Any]] = field(default_factory=list)
     not_compared: list[str] = field(default_factory=list)
 
@@ -44,6 +48,10 @@ class TruthComparison:
             ("summed bias of the areas", f"{self.bias_km2:+.3f} km2 ({self.bias_pct:+.1f}%)", "0"),
             ("median error of an area", f"{self.median_relative_error_pct:.1f}%", "0"),
             ("intervals that contain the truth", f"{100 * self.interval_coverage:.0f}%", "68% if calibrated"),
+        ]
+        out += [
+            (f"the same with {rule} intervals", f"{100 * share:.0f}%", "68% if calibrated")
+            for rule, share in self.coverage_by_rule.items()
         ]
         for r in (r for r in self.rates if r["year"] == last):
             verdict = "inside" if r["inside"] else "outside"
@@ -101,6 +109,11 @@ def compare_with_truth(
         if (true > 0).any()
         else float("nan"),
         interval_coverage=float(inside.mean()),
+        coverage_by_rule={
+            rule: float(both["truth_km2"].between(both[f"lower_{rule}_km2"], both[f"upper_{rule}_km2"]).mean())
+            for rule in INTERVAL_RULES
+            if f"lower_{rule}_km2" in both and both[f"lower_{rule}_km2"].notna().all()
+        },
         rates=rates,
         not_compared=not_compared,
     )

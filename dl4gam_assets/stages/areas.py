@@ -23,7 +23,7 @@ from dl4gam_assets.stages.base import (
     utc_now,
     year_fold_label,
 )
-from dl4gam_assets.tables import TABLES
+from dl4gam_assets.tables import INTERVAL_RULES, TABLES
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from dl4gam_assets.change.areas import Shares
 
 #: Raised when the columns or rules of areas and outlines change, so that tables of an older version are made again.
-_VERSION = 2
+_VERSION = 3
 
 
 def _shares_of(site: Site, glacier_id: str, cube: xr.Dataset) -> Shares:
@@ -148,14 +148,14 @@ def _groups_of(taus: pd.DataFrame) -> list[dict[str, Any]]:
     ]
 
 
-def _tau_of(site: Site, glacier_id: str, fold: int) -> float:
+def _tau_of(site: Site, glacier_id: str, fold: int, column: str = "tau") -> float:
     """The glacier's own tau; the fold's widest where the glacier was not mapped in the inventory year."""
     taus = cached_table(site, "taus", fold=fold)
-    own = taus.loc[taus["glacier_id"] == glacier_id, "tau"]
+    own = taus.loc[taus["glacier_id"] == glacier_id, column]
     if len(own):
         return float(own.iloc[0])
     if len(taus):
-        return float(taus["tau"].min())
+        return float(taus[column].min())
     raise UpstreamError(f"fold {fold} has no tau: no glacier of it was mapped in the inventory year")
 
 
@@ -175,6 +175,7 @@ def area_of(site: Site, year: int, fold: int, glacier_id: str) -> dict[str, Any]
             row = area_row(
                 prediction["mean"], prediction["std"], cube, _tau_of(site, glacier_id, fold),
                 threshold=site.region.inference.threshold, shares=_shares_of(site, glacier_id, cube),
+                other_taus={rule: _tau_of(site, glacier_id, fold, f"tau_{rule}") for rule in INTERVAL_RULES},
             )  # fmt: skip
     return row
 

@@ -1,0 +1,238 @@
+"""A statistical simulator of area intervals: what the published and the conformal tau cover, without any images.
+
+Belongs here: drawing validation and test glaciers with known errors, fitting both rules as the platform does, counting.
+Does not belong here: the rules (``ensemble.intervals``, ``ensemble.conformal``); regional rates (``simulator``).
+
+The map of a glacier is idealized to its margin. The probability falls across it as a logistic function of distance with
+the length ``b``, so the bound at tau lies b log((1 - tau) / tau) off the best margin, and an interval is the perimeter
+times that on both sides. The true margin lies a random distance off. A glacier's covering tau is then known in closed
+form: 1 / (1 + exp(offset / b)).
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from dl4gam_assets.compute import default_workers
+from dl4gam_assets.ensemble import conformal_classes, conformal_taus, fit_tau
+from dl4gam_assets.settings import CalibrationSettings
+
+#: Width of the ground around an outline that may count, km (METHOD section 7: the 20 m zone).
+ZONE_KM = 0.02
+#: Perimeter over that of a circle of the same area; tongues and ribs make it about this.
+SHAPE = 1.8
+METHODS = ("published", "conformal")
+
+
+@dataclass(frozen=True)
+class IntervalWorld:
+    """Glaciers and how their maps err. Lengths in km, areas in km2."""
+
+    #: Glaciers that tau is fitted on, and that it is judged on.
+    validation: int = 150
+    test: int = 150
+    #: Offset of the true margin from the mapped one, and the blur of the map's margin: their usual sizes.
+    offset_km: float = 0.006
+    blur_km: float = 0.008
+    #: Share of debris-covered glaciers among the judged ones, and (null: the same) among the validation glaciers.
+    debris: float = 0.2
+    validation_debris: float | None = None
+    #: The offset of debris-covered glaciers is so many times larger; that of others grows as area**-size_power.
+    debris_factor: float = 1.0
+    size_power: float = 0.0
+    #: How much of that the map's blur shows: 1: it is blurred as much as it errs, 0: nothing in the map tells.
+    told: float = 1.0
+    #: Degrees of freedom of Student's t for the offsets (null: normal).
+    tails: float | None = None
+    #: Offsets of the judged glaciers over those of the validation glaciers: a later year with worse images.
+    later: float = 1.0
+    #: Offset that all glaciers of a side share (standard deviation, km), drawn apart for both: images of one day.
+    shared_km: float = 0.0
+
+
+class Draw(NamedTuple):
+    """Glaciers: tables ``glaciers`` and ``debris`` as far as classes need them, features of tau, and what is true."""
+
+    glaciers: pd.DataFrame
+    debris: pd.DataFrame
+    features: pd.DataFrame
+    estimate: np.ndarray
+    truth: np.ndarray
+    reach: np.ndarray  # km2 that one unit of the logit moves a bound
+    zone: np.ndarray  # km2 of the 20 m zone with the outline: the widest upper bound
+    covering: np.ndarray
+
+
+def draw_glaciers(
+    world: IntervalWorld, n: int, debris: float, factor: float, rng: np.random.Generator, prefix: str
+) -> Draw:
+    """``n`` glaciers of at least 0.1 km2, sized as in the Alps; offsets are ``factor`` times the usual ones."""
+    low, high = 0.1**-0.7, 20.0**-0.7
+    area = (low + rng.random(n) * (high - low)) ** (-1 / 0.7)
+    perimeter = SHAPE * 2 * np.sqrt(np.pi * area)
+    covered = rng.random(n) < debris
+    harder = np.where(covered, world.debris_factor, 1.0) * area**-world.size_power
+    noise = rng.normal(size=n) if world.tails is None else rng.standard_t(world.tails, size=n)
+    shared = rng.normal(0, world.shared_km) if world.shared_km else 0.0
+    # The zone of the outline holds the truth, and nothing beyond it counts.
+    offset = np.clip(factor * world.offset_km * harder * noise + shared, -0.9 * area / perimeter, ZONE_KM)
+    blur = world.blur_km * harder**world.told * np.exp(rng.normal(0, 0.25, n))
+    truth, estimate = area, area + perimeter * offset
+    reach, zone = perimeter * blur, area + perimeter * ZONE_KM
+    # floor to the steps of tau, as the search does
+    covering = np.floor(1000 / (1 + np.exp(np.minimum(np.abs(offset) / blur, 50.0)))) / 1000
+    blurred = np.minimum(reach / zone, 1.0)
+    features = pd.DataFrame(
+        {
+            "log_area": np.log(np.maximum(estimate, 1e-4)),
+            "mean_probability": np.clip(estimate / zone + rng.normal(0, 0.02, n), 0, 1),
+            "epistemic_std": 0.35 * np.sqrt(blurred) * np.exp(rng.normal(0, 0.2, n)),
+            "aleatoric_std": 0.45 * np.sqrt(blurred) * np.exp(rng.normal(0, 0.1, n)),
+        }
+    )
+    ids = [f"{prefix}{i:05d}" for i in range(n)]
+    glaciers = pd.DataFrame({"glacier_id": ids, "inventory_area_km2": area})
+    share = np.where(covered, 0.4, 0.0)
+    return Draw(
+        glaciers, pd.DataFrame({"glacier_id": ids, "debris_km2": share * area}), features, estimate, truth, reach, zone,
+        covering,
+    )  # fmt: skip
+
+
+def bounds(draw: Draw, tau: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Lower and upper area (km2) of each glacier at its tau; at tau 0 nothing and the whole zone."""
+    with np.errstate(divide="ignore"):
+        half = draw.reach * np.log((1 - tau) / tau)
+    return np.maximum(draw.estimate - half, 0.0), np.minimum(draw.estimate + half, np.maximum(draw.zone, draw.estimate))
+
+
+def simulate_intervals(world: IntervalWorld, settings: CalibrationSettings, draws: int, seed: int = 0) -> pd.DataFrame:
+    """Coverage and width of both intervals over many drawn regions.
+
+    Returns
+    -------
+    DataFrame: method, group (``all``, each debris class, size class, and both), coverage (share of test glaciers whose
+    interval holds the truth), coverage_std (its error over draws), spread (standard deviation of the coverage from one
+    region to the next), half_width (mean of (upper - lower) / 2 / area), glaciers (judged in all).
+    """
+    rng = np.random.default_rng(seed)
+    rows = []
+    mix = world.debris if world.validation_debris is None else world.validation_debris
+    for number in range(draws):
+        known = draw_glaciers(world, world.validation, mix, 1.0, rng, "V")
+        judged = draw_glaciers(world, world.test, world.debris, world.later, rng, "T")
+        rule = fit_tau(known.features, known.covering, settings)
+        classes = pd.concat([conformal_classes(d.glaciers, d.debris, settings) for d in (known, judged)])
+        scores = known.glaciers[["glacier_id"]].assign(covering_tau=known.covering)
+        taus = {
+            "published": rule.predict(judged.features),
+            "conformal": conformal_taus(
+                scores, scores, classes, judged.glaciers["glacier_id"].tolist(), settings
+            )["tau_conformal"].to_numpy(),
+        }  # fmt: skip
+        own = classes.iloc[world.validation :]
+        for method, tau in taus.items():
+            lower, upper = bounds(judged, tau)
+            rows.append(
+                pd.DataFrame(
+                    {
+                        "draw": number,
+                        "method": method,
+                        "debris_class": own["debris_class"].to_numpy(),
+                        "size_class": own["size_class"].to_numpy(),
+                        "inside": (lower <= judged.truth + 1e-12) & (judged.truth <= upper + 1e-12),
+                        "half_width": (upper - lower) / 2 / judged.truth,
+                    }
+                )
+            )
+    everything = pd.concat(rows, ignore_index=True)
+    everything["both"] = everything["size_class"] + ", " + everything["debris_class"]
+    parts = [_counted(everything.assign(group="all"))]
+    parts += [_counted(everything.assign(group=everything[name])) for name in ("debris_class", "size_class", "both")]
+    return pd.concat(parts, ignore_index=True)
+
+
+def _counted(rows: pd.DataFrame) -> pd.DataFrame:
+    each = rows.groupby(["method", "group", "draw"], sort=True)["inside"].agg(["mean", "size"]).reset_index()
+    out = rows.groupby(["method", "group"], sort=True).agg(
+        coverage=("inside", "mean"), half_width=("half_width", "mean"), glaciers=("inside", "size")
+    )
+    by = each.groupby(["method", "group"], sort=True)["mean"]
+    out["spread"] = by.std(ddof=0)
+    out["coverage_std"] = out["spread"] / np.sqrt(by.size())
+    return out.reset_index()[["method", "group", "coverage", "coverage_std", "spread", "half_width", "glaciers"]]
+
+
+_BASE = IntervalWorld()
+#: name -> (what it asks, world)
+INTERVAL_SCENARIOS: dict[str, tuple[str, IntervalWorld]] = {
+    "as_assumed": ("150 validation glaciers; the maps are blurred where they err.", _BASE),
+    "few": ("25 validation glaciers: five coefficients follow them.", replace(_BASE, validation=25)),
+    "very_few": ("8 validation glaciers: the published rule is one regional quantile.", replace(_BASE, validation=8)),
+    "debris_hidden": (
+        "Debris-covered glaciers err three times as much, and nothing in their maps tells.",
+        replace(_BASE, debris_factor=3.0, told=0.0),
+    ),
+    "debris_hidden_few": (
+        "The same with 40 validation glaciers.",
+        replace(_BASE, debris_factor=3.0, told=0.0, validation=40),
+    ),
+    "small_hidden": (
+        "Errors grow towards small glaciers, and nothing in the maps tells.",
+        replace(_BASE, size_power=0.5, told=0.0),
+    ),
+    "heavy_tails": (
+        "Errors with heavy tails (Student's t, 2 degrees of freedom), 60 validation glaciers.",
+        replace(_BASE, tails=2.0, validation=60),
+    ),
+    "other_mix": (
+        "The validation strip has 5 % debris-covered glaciers, the test block 40 %; they err three times as much.",
+        replace(_BASE, debris=0.4, validation_debris=0.05, debris_factor=3.0, told=0.0),
+    ),
+    "later_year": (
+        "A later year whose images err half as much again: nothing was fitted on it.",
+        replace(_BASE, later=1.5),
+    ),
+    "shared_error": (
+        "All glaciers of the validation strip share an error of 5 m, those of the test block another one.",
+        replace(_BASE, shared_km=0.005),
+    ),
+}
+
+
+def run_interval_scenarios(
+    draws: int = 300,
+    seed: int = 0,
+    names: Sequence[str] | None = None,
+    workers: int | None = None,
+    settings: CalibrationSettings | None = None,
+) -> pd.DataFrame:
+    """One row a scenario, method and group, with ``question`` and the columns of :func:`simulate_intervals`.
+
+    Raises
+    ------
+    ValueError
+        if there is no scenario of a name.
+    """
+    wanted = list(INTERVAL_SCENARIOS if names is None else names)
+    unknown = [name for name in wanted if name not in INTERVAL_SCENARIOS]
+    if unknown:
+        raise ValueError(f"no interval scenario {unknown[0]!r}; there are {', '.join(INTERVAL_SCENARIOS)}")
+    tasks = [(name, draws, seed, settings or CalibrationSettings()) for name in wanted]
+    workers = min(workers or default_workers(), len(tasks))
+    if workers <= 1:
+        return pd.concat([_scenario(*task) for task in tasks], ignore_index=True)
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pd.concat(pool.map(_scenario, *zip(*tasks, strict=True)), ignore_index=True)
+
+
+def _scenario(name: str, draws: int, seed: int, settings: CalibrationSettings) -> pd.DataFrame:
+    question, world = INTERVAL_SCENARIOS[name]
+    return simulate_intervals(world, settings, draws, seed).assign(scenario=name, question=question)

@@ -1,0 +1,64 @@
+"""What the published and the conformal intervals of single areas hold, on drawn glaciers with known errors."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from dl4gam_assets.change.interval_simulator import (
+    INTERVAL_SCENARIOS,
+    IntervalWorld,
+    bounds,
+    draw_glaciers,
+    run_interval_scenarios,
+    simulate_intervals,
+)
+from dl4gam_assets.settings import CalibrationSettings
+
+
+def _of(table: pd.DataFrame, method: str, group: str = "all") -> pd.Series:
+    return table[(table["method"] == method) & (table["group"] == group)].iloc[0]
+
+
+def test_the_covering_tau_is_the_largest_whose_interval_holds_the_truth() -> None:
+    drawn = draw_glaciers(IntervalWorld(), 500, 0.2, 1.0, np.random.default_rng(2), "G")
+    inner = (drawn.covering > 0.002) & (drawn.covering < 0.499)
+    assert inner.sum() > 300
+    for step, holds in ((0.0, True), (0.002, False)):
+        lower, upper = bounds(drawn, np.clip(drawn.covering + step, 1e-6, 0.5))
+        inside = (lower <= drawn.truth + 1e-9) & (drawn.truth <= upper + 1e-9)
+        assert (inside == holds)[inner].mean() > 0.99
+    lower, upper = bounds(drawn, np.zeros(500))
+    assert (lower == 0).all() and (upper >= drawn.truth).all()
+
+
+def test_both_rules_hold_what_they_claim_where_the_maps_tell_their_errors() -> None:
+    found = simulate_intervals(INTERVAL_SCENARIOS["as_assumed"][1], CalibrationSettings(), draws=60, seed=3)
+    for method in ("published", "conformal"):
+        assert 0.63 < _of(found, method)["coverage"] < 0.73
+
+
+def test_hidden_errors_of_debris_escape_the_published_rule_and_not_the_conformal_one() -> None:
+    """Known and documented: the four features do not know debris."""
+    found = simulate_intervals(INTERVAL_SCENARIOS["debris_hidden"][1], CalibrationSettings(), draws=60, seed=4)
+    assert _of(found, "published", "debris-covered")["coverage"] < 0.45
+    assert _of(found, "published", "clean")["coverage"] > 0.72
+    for group in ("debris-covered", "clean"):
+        assert 0.63 < _of(found, "conformal", group)["coverage"] < 0.78
+    wide = _of(found, "conformal", "debris-covered")["half_width"]
+    assert wide > 1.5 * _of(found, "conformal", "clean")["half_width"]
+
+
+def test_neither_rule_holds_for_later_images_that_err_more() -> None:
+    found = simulate_intervals(INTERVAL_SCENARIOS["later_year"][1], CalibrationSettings(), draws=40, seed=5)
+    assert all(_of(found, method)["coverage"] < 0.6 for method in ("published", "conformal"))
+
+
+def test_scenarios_are_named_and_drawn_alike_in_any_number_of_processes() -> None:
+    one = run_interval_scenarios(draws=2, names=["few", "heavy_tails"], workers=1)
+    two = run_interval_scenarios(draws=2, names=["few", "heavy_tails"], workers=2)
+    pd.testing.assert_frame_equal(one, two)
+    assert set(one["scenario"]) == {"few", "heavy_tails"} and one["coverage"].between(0, 1).all()
+    with pytest.raises(ValueError, match="no interval scenario 'nope'; there are as_assumed"):
+        run_interval_scenarios(draws=2, names=["nope"])
