@@ -201,6 +201,7 @@ def main() -> int:
         "simulation.size_px": [wish.size, wish.size],
         "years.last": year,
         "imagery.margin_m": 1330,
+        "imagery.sensor.snow_overrules": [],  # a rule of ours that the published way does not have
         "terrain.dem": ["dem_tile.tif"],
         "terrain.elevation_change": [{"path": "dhdt_tile.tif", "start": 2010, "end": 2015}],
         "compute.workers": 1,

@@ -7,6 +7,7 @@ Units are in the column names; areas are km2, lengths m, times UTC.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -504,3 +505,31 @@ _TABLES = [
 ]  # fmt: skip
 
 TABLES: dict[str, Table] = {table.name: table for table in _TABLES}
+
+
+# --------------------------------------------------------------------------------------------- rows of one glacier
+#: Frames up to this many rows are searched anew each time: that takes less than a tenth of a millisecond.
+_SMALL = 2000
+_positions: dict[int, tuple[Any, dict[str, np.ndarray]]] = {}
+
+
+def rows_of(frame: pd.DataFrame, glacier_id: str) -> pd.DataFrame:
+    """The rows of a glacier, as ``frame[frame["glacier_id"] == glacier_id]`` gives them; empty where there are none.
+
+    For tables that are asked for one glacier after the other and never changed: where each glacier's rows are is found
+    once a frame. With 215,000 glaciers a comparison takes tens of milliseconds each time.
+    """
+    if len(frame) <= _SMALL:
+        return frame[(frame["glacier_id"] == glacier_id).to_numpy(dtype=bool, na_value=False)]
+    known = _positions.get(id(frame))
+    if known is None or known[0]() is not frame:
+        codes, names = pd.factorize(frame["glacier_id"].astype(object).to_numpy())
+        order = np.argsort(codes, kind="stable")
+        edges = np.searchsorted(codes[order], np.arange(len(names) + 1))  # rows without an id have the code -1
+        key = id(frame)
+        known = (
+            weakref.ref(frame, lambda _: _positions.pop(key, None)),
+            {str(n): order[edges[i] : edges[i + 1]] for i, n in enumerate(names)},
+        )
+        _positions[key] = known
+    return frame.iloc[known[1].get(glacier_id, np.empty(0, dtype=np.intp))]

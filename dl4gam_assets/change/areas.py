@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from dl4gam_assets.tables import rows_of
+
 if TYPE_CHECKING:
     import geopandas as gpd
     import shapely
@@ -94,10 +96,10 @@ def ground_of(
     """
     import shapely
 
-    own = glaciers[glaciers["glacier_id"] == glacier_id]
+    own = rows_of(glaciers, glacier_id)
     # A table of 20 m zones alone is used as it is, with the spatial index that it has.
     of_20_m = zones if (zones["buffer_m"] == 20).all() else zones[zones["buffer_m"] == 20]
-    own_zone = of_20_m[of_20_m["glacier_id"] == glacier_id]
+    own_zone = rows_of(of_20_m, glacier_id)
     if not len(own) or not len(own_zone):
         raise KeyError(f"glacier {glacier_id!r} has no outline or no 20 m zone: materialize glacier_zones")
 
@@ -105,7 +107,7 @@ def ground_of(
         return np.array([polygonal(g) for g in shapes.to_crs(epsg).to_numpy()], dtype=object)
 
     outline, zone = metric(own.geometry)[0], metric(own_zone.geometry)[0]
-    own_debris = debris[debris["glacier_id"] == glacier_id]
+    own_debris = rows_of(debris, glacier_id)
     rocks = metric(own_debris.geometry)[0] if len(own_debris) else shapely.MultiPolygon()
     lost_outline: shapely.Geometry = shapely.MultiPolygon()
     lost_zone: shapely.Geometry = shapely.MultiPolygon()

@@ -18,6 +18,7 @@ import xarray as xr
 from scipy import ndimage
 
 from dl4gam_assets.cubes.masks import cube_mask, pack_masks, zone_name
+from dl4gam_assets.tables import rows_of
 from dl4gam_assets.terrain import (
     DERIVATIVES,
     boxes,
@@ -82,7 +83,7 @@ def static_layers(
     """
     from odc.geo.xr import xr_coords
 
-    own = glaciers[glaciers["glacier_id"] == glacier_id]
+    own = rows_of(glaciers, glacier_id)
     if not len(own):
         raise KeyError(f"glacier {glacier_id!r} is not in the inventory")
     window = boxes(grid_box(geobox))
@@ -116,7 +117,7 @@ def static_layers(
         near = debris.iloc[debris.sindex.query(window, predicate="intersects")]
         if len(near):
             masks["debris"] = (burn(near.geometry.to_crs(crs), [1] * len(near), 0) == 1) & (index >= 0)
-    own_zones = zones[zones["glacier_id"] == glacier_id].set_index("buffer_m")
+    own_zones = rows_of(zones, glacier_id).set_index("buffer_m")
     lacking = set(buffers_m) - set(own_zones.index)
     if lacking:
         raise ValueError(

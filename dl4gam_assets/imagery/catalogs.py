@@ -97,6 +97,10 @@ class _Items:
         return [self._by_id[i] for i in item_ids]
 
 
+#: An API may give empty pages between others (it filters after cutting pages); so many in a row are the end.
+_EMPTY_PAGES = 10
+
+
 class _Api:
     """A STAC API behind pystac-client."""
 
@@ -117,9 +121,10 @@ class _Api:
         )  # fmt: skip
         try:
             # GDAL and pystac-client share nothing; connections are kept for all searches of this catalog.
+            self._io = _api_io(retry)
             self._client = pystac_client.Client.open(
                 settings.url,
-                stac_io=_api_io(retry),
+                stac_io=self._io,
                 timeout=settings.timeout_s,  # here: open() overwrites that of stac_io
             )
         except Exception as error:
@@ -148,10 +153,21 @@ class _Api:
         settings = self.settings
         found: dict[str, pystac.Item] = {}
         seen: set[str] = set()
+        empty = 0
         try:
             search = self._client.search(collections=settings.collections, limit=settings.page_size, **asked)
-            for page in search.pages_as_dicts():
+            # The pages of pystac-client's own methods end at the first empty one.
+            for page in self._io.get_pages(search.url, search.method, search.get_parameters()):
                 features = page.get("features") or []
+                empty = 0 if features else empty + 1
+                if empty > _EMPTY_PAGES:
+                    matched = page.get("numberMatched") or (page.get("context") or {}).get("matched") or 0
+                    if int(matched) > len(seen):
+                        raise CatalogError(
+                            f"{settings.url} gives empty pages again and again: it says that {matched} match, and gave "
+                            f"{len(seen)}; try again later"
+                        )
+                    break
                 before = len(seen)
                 seen |= {str(feature.get("id")) for feature in features}
                 for feature in features:
@@ -186,6 +202,18 @@ def _api_io(retry: Any) -> Any:
     from urllib3.exceptions import ReadTimeoutError
 
     class Io(StacApiIO):
+        def get_pages(
+            self, url: str, method: str | None = None, parameters: dict[str, Any] | None = None
+        ) -> Iterator[dict[str, Any]]:
+            """All pages up to the one without a next, empty ones too."""
+            page = self.read_json(url, method=method, parameters=parameters)
+            while True:
+                yield page
+                following = next((link for link in page.get("links", []) if link["rel"] == "next"), None)
+                if following is None:
+                    return
+                page = self.read_json(pystac.Link.from_dict(following), parameters=parameters)
+
         def request(self, *args: Any, **kwargs: Any) -> str:
             for pause in (0.5, 1.0, None):
                 try:

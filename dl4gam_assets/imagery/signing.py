@@ -8,8 +8,10 @@ lands in them. Does not belong here: opening files (``sources``).
 from __future__ import annotations
 
 import os
+import queue
 import re
 import threading
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -27,6 +29,8 @@ PLANETARY_COMPUTER_HOSTS = frozenset(
 )
 #: The library asks for a token this often (waiting 0, 1.6, 3.2, 6.4 s); its own 10 times would take seven minutes.
 _TOKEN_RETRIES = 4
+#: All these attempts together, seconds.
+_TOKEN_S = 90.0
 _SIGNATURE = re.compile(r"\?[^\s'\"<>()]*\bsig=[^\s'\"<>()]*")
 _LOCK = threading.Lock()
 
@@ -68,13 +72,42 @@ def signed(href: str) -> str:
     try:
         sas = signing_library()
         with _LOCK:  # one request for a token, not one a thread
-            token = sas.get_token(parts.netloc.split(".")[0], parts.path.split("/")[1], retry_total=_TOKEN_RETRIES)
+            token = _within(
+                _TOKEN_S,
+                sas.get_token,
+                parts.netloc.split(".")[0],
+                parts.path.split("/")[1],
+                retry_total=_TOKEN_RETRIES,
+            )
         return str(token.sign(href).href)
     except CatalogError as error:
         raise SceneUnreachableError(str(error)) from error
     except Exception as error:
         words = " ".join(str(error).split())[:300]
         raise SceneUnreachableError(f"Planetary Computer gave no token for {href}: {words}; try again later") from error
+
+
+def _within(seconds: float, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """The function's result; TimeoutError after so many seconds: the library waits for a silent service for ever.
+
+    What hangs is left behind in a daemon thread, which ends with the process at the latest.
+    """
+    answer: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue()
+
+    def ask() -> None:
+        try:
+            answer.put((function(*args, **options), None))
+        except Exception as error:
+            answer.put((None, error))
+
+    threading.Thread(target=ask, daemon=True, name="token").start()
+    try:
+        result, error = answer.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no answer within {seconds:g} s") from None
+    if error is not None:
+        raise error
+    return result
 
 
 def unsigned(text: str) -> str:

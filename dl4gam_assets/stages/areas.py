@@ -23,7 +23,7 @@ from dl4gam_assets.stages.base import (
     utc_now,
     year_fold_label,
 )
-from dl4gam_assets.tables import INTERVAL_RULES, TABLES
+from dl4gam_assets.tables import INTERVAL_RULES, TABLES, rows_of
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -151,7 +151,7 @@ def _groups_of(taus: pd.DataFrame) -> list[dict[str, Any]]:
 def _tau_of(site: Site, glacier_id: str, fold: int, column: str = "tau") -> float:
     """The glacier's own tau; the fold's widest where the glacier was not mapped in the inventory year."""
     taus = cached_table(site, "taus", fold=fold)
-    own = taus.loc[taus["glacier_id"] == glacier_id, column]
+    own = rows_of(taus, glacier_id)[column]
     if len(own):
         return float(own.iloc[0])
     if len(taus):

@@ -20,7 +20,7 @@ from dl4gam_assets.stages.base import (
 )
 from dl4gam_assets.stages.imagery import catalog_fingerprint, catalog_of
 from dl4gam_assets.stages.terrain import dhdt_path, static_path
-from dl4gam_assets.tables import TABLES
+from dl4gam_assets.tables import TABLES, rows_of
 
 
 def cube_of(site: Site, year: int, glacier_id: str, wanted: str, stamp: str) -> dict[str, Any]:
@@ -33,11 +33,12 @@ def cube_of(site: Site, year: int, glacier_id: str, wanted: str, stamp: str) -> 
     storage = site.storage
     path = storage.cube(year, glacier_id)
     scenes = cached_table(site, "scenes", year=year)
-    row = scenes[(scenes["glacier_id"] == glacier_id) & scenes["selected"].astype(bool)].iloc[0]
+    candidates = rows_of(scenes, glacier_id)
+    row = candidates[candidates["selected"].astype(bool)].iloc[0]
     changes = cached_table(site, "elevation_changes", year=year)
-    change = changes[changes["glacier_id"] == glacier_id]
+    change = rows_of(changes, glacier_id)
     elevations = cached_table(site, "elevations")
-    ground = elevations[elevations["glacier_id"] == glacier_id].iloc[0]
+    ground = rows_of(elevations, glacier_id).iloc[0]
     mine = None
     if path.exists():
         with storage.reading(path) as local, open_cube(local) as found:

@@ -32,7 +32,7 @@ from dl4gam_assets.stages.base import (
     run_stage,
 )
 from dl4gam_assets.storage import safe_name
-from dl4gam_assets.tables import TABLES
+from dl4gam_assets.tables import TABLES, rows_of
 
 #: Plates of a year that are shown with the choice; `dl4gam plate` draws any other.
 PLATES = 2
@@ -212,9 +212,9 @@ def candidates_of(
 
     region = site.region
     glaciers = cached_table(site, "glaciers")
-    glacier = glaciers[glaciers["glacier_id"] == glacier_id].iloc[0]
+    glacier = rows_of(glaciers, glacier_id).iloc[0]
     zones = cached_table(site, "zones")
-    zones = zones[zones["glacier_id"] == glacier_id]
+    zones = rows_of(zones, glacier_id)
     catalog = catalog_of(site, year, stamp)
     items = items_of_glacier(glacier, catalog, region, year)
     names = assets_of(region.imagery)

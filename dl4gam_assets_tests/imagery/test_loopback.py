@@ -150,7 +150,7 @@ def test_the_query_of_the_settings(server: Server, store: Store) -> None:
 
 
 # --------------------------------------------------------------------------------------------- catalogs that misbehave
-@pytest.mark.parametrize("lie", ["repeat", "bbox", "datetime"])
+@pytest.mark.parametrize("lie", ["repeat", "bbox", "datetime", "gaps"])
 def test_a_lie_of_the_catalog_changes_nothing(server: Server, store: Store, lie: Any) -> None:
     truth = [i.id for i in _near(store).search(_box(store), *SEASON)]
     server.backend.lies = {lie}
@@ -168,10 +168,12 @@ def test_pages_without_end_are_refused(server: Server, store: Store, endless: An
 
 
 @pytest.mark.timeout(30)
-def test_empty_pages_without_end_are_the_end(server: Server, store: Store) -> None:
+def test_empty_pages_without_end_are_refused_where_items_are_promised(server: Server, store: Store) -> None:
     server.backend.endless = "empty"
-    assert _far(server, store).search(_box(store), *SEASON) == []
-    assert len(server.asked("/search")) < 5
+    with pytest.raises(CatalogError, match=r"empty pages.*says that [1-9]\d* match, and gave 0"):
+        _far(server, store).search(_box(store), *SEASON)
+    assert len(server.asked("/search")) <= 2 * 11
+    assert _far(server, store).search([0, 0, 1, 1], *SEASON) == []  # none is promised: the end
 
 
 def _candidates(store: Store, catalog: Any, glacier_id: str, year: int = YEAR) -> pd.DataFrame:

@@ -10,6 +10,7 @@ import datetime as dt
 import json
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -299,6 +300,7 @@ class Tokens(ThreadingHTTPServer):
         self.asked: list[str] = []
         self.lasts_s = 3600.0
         self.status = 200
+        self.silent = threading.Event()
 
 
 class _TokenHandler(BaseHTTPRequestHandler):
@@ -309,6 +311,10 @@ class _TokenHandler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.asked.append(self.path)
+        if self.server.silent.is_set():
+            while self.server.silent.is_set():
+                time.sleep(0.02)
+            return
         until = dt.datetime.now(dt.UTC) + dt.timedelta(seconds=self.server.lasts_s)
         token = f"se=2099&sp=rl&sr=c&sig=secret{len(self.server.asked)}"
         body = json.dumps({"msft:expiry": until.isoformat(), "token": token}).encode()
@@ -362,6 +368,17 @@ def test_a_token_that_is_not_given_makes_no_scene_bad(tokens: Tokens) -> None:
     tokens.status = 403
     with pytest.raises(SceneUnreachableError, match=r"gave no token for https://sentinel2l2a01.*try again later"):
         signed(f"{SIGNED_HOST}/c/x.tif")
+
+
+def test_a_service_that_never_answers_holds_nothing_up(tokens: Tokens, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dl4gam_assets.imagery.signing._TOKEN_S", 0.3)
+    tokens.silent.set()
+    try:
+        with pytest.raises(SceneUnreachableError, match=r"no answer within 0\.3 s; try again later"):
+            signed(f"{SIGNED_HOST}/c/x.tif")
+    finally:
+        tokens.silent.clear()
+    assert "sig=secret" in signed(f"{SIGNED_HOST}/c/x.tif")
 
 
 def test_without_the_library_the_extra_is_named_before_anything_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:

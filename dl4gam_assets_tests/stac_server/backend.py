@@ -45,7 +45,7 @@ class Backend:
         by id, and by collection and id
     lies
         what is wrong with the answers: ``bbox`` (the box of a search is not looked at), ``datetime`` (nor its time),
-        ``repeat`` (each page begins with the last item of the one before)
+        ``repeat`` (each page begins with the last item of the one before), ``gaps`` (an empty page before each)
     endless
         pages without an end: ``same`` (always the first one), ``new`` (items under ever new ids) or ``empty``
     """
@@ -53,7 +53,7 @@ class Backend:
     def __init__(self) -> None:
         self.collections: dict[str, Json] = {}
         self.items: dict[tuple[str, str], Json] = {}
-        self.lies: set[Literal["bbox", "datetime", "repeat"]] = set()
+        self.lies: set[Literal["bbox", "datetime", "repeat", "gaps"]] = set()
         self.endless: Literal["same", "new", "empty"] | None = None
         self._lock = threading.Lock()
         self._stamp: tuple[float, float] | None = None
@@ -162,7 +162,7 @@ class Backend:
             400 where a condition or the token is no valid one.
         """
         try:
-            first = int(token or 0)
+            first = int((token or "0").rstrip("+"))
         except ValueError as error:
             raise HTTPException(400, f"token {token!r} is none of ours") from error
         found = self.search(**conditions)
@@ -173,6 +173,8 @@ class Backend:
         if self.endless == "new":
             names = [f"{item['id']}_{first + n}" for n, item in enumerate(found[:limit])]
             return [item | {"id": n} for item, n in zip(found, names, strict=False)], str(first + limit), len(found)
+        if "gaps" in self.lies and not str(token).endswith("+"):
+            return [], f"{first}+", len(found)
         start = max(0, first - 1) if "repeat" in self.lies else first
         following = str(first + limit) if first + limit < len(found) else None
         return found[start : first + limit], following, len(found)
