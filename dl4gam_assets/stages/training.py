@@ -17,6 +17,7 @@ from dl4gam_assets.compute import Done, choose_device, default_workers
 from dl4gam_assets.settings import Region, TrainingSettings, fingerprint
 from dl4gam_assets.stages import previews
 from dl4gam_assets.stages.base import (
+    NamedInputs,
     Site,
     StageResult,
     UpstreamError,
@@ -26,8 +27,10 @@ from dl4gam_assets.stages.base import (
     fold_member_label,
     frame_fingerprint,
     input_fingerprint,
+    named_inputs,
     run_stage,
 )
+from dl4gam_assets.stages.files import changed_files, full_hash, record_files
 
 
 def members_of(ws_or_site: Workspace | Site, fold: int, role: str) -> list[str]:
@@ -202,18 +205,23 @@ def ensemble_members(
     site = Site(region, str(ws.storage.root))
     out: dict[str, StageResult | Exception] = {}
     todo: dict[str, tuple[int, int, str]] = {}
+    named: dict[str, NamedInputs] = {}
     for key, (fold, member) in wanted.items():
         try:
-            fingerprint_now = input_fingerprint(_member_inputs(ws, fold, member, region))
+            inputs = _member_inputs(ws, fold, member, region)
+            fingerprint_now, named[key] = input_fingerprint(inputs), named_inputs(inputs)
         except UpstreamError as error:
             out[key] = error
             continue
         label = fold_member_label(fold, member)
         state = ws.storage.read_state("ensemble_member", label)
         stored = (ws.storage.model(fold, member) / "model.safetensors").exists()
-        current = bool(state and state["input"] == fingerprint_now and stored and not force)
+        changed = tuple(str(file) for file in changed_files(ws, "ensemble_member", label, full_hash))
+        current = bool(state and state["input"] == fingerprint_now and stored and not changed and not force)
         if ws.probe:
-            out[key] = StageResult(label, unchanged=current)
+            out[key] = StageResult(
+                label, unchanged=current, inputs=named[key], input=fingerprint_now, changed=changed
+            )
         elif state and current:
             metadata = {**state.get("metadata", {}), "unchanged": True}
             out[key] = StageResult(label, metadata, _stored_curves(ws, fold, member), unchanged=True)
@@ -231,7 +239,7 @@ def ensemble_members(
 
     for done in ws.mapper.map(train_one, tasks, progress=progress):
         fold, member, now = todo[done.key]
-        out[done.key] = _store_member(ws, fold, member, now, done)
+        out[done.key] = _store_member(ws, fold, member, now, done, named[done.key])
     return out
 
 
@@ -248,7 +256,9 @@ def _curves(history: pd.DataFrame, label: str) -> dict[str, bytes]:
     return {"training curves": previews.curves(history, "epoch", columns, label)}
 
 
-def _store_member(ws: Workspace, fold: int, member: int, wanted: str, done: Done) -> StageResult | Exception:
+def _store_member(
+    ws: Workspace, fold: int, member: int, wanted: str, done: Done, named: NamedInputs
+) -> StageResult | Exception:
     label = fold_member_label(fold, member)
     if not done.ok:
         return RuntimeError(f"{label}: {done.kind}: {done.error}")
@@ -265,7 +275,10 @@ def _store_member(ws: Workspace, fold: int, member: int, wanted: str, done: Done
         "weights_sha256": row["sha256"],
         "encoder_weights": ws.region.model.encoder_weights or "none (random)",
     }
-    ws.finish("ensemble_member", label, wanted, row["sha256"], row["seconds"], metadata=metadata)
+    if ws.storage.is_local:
+        weights = Path(str(ws.storage.model(fold, member) / "model.safetensors"))
+        record_files(ws, "ensemble_member", label, {weights: [label]}, full_hash)
+    ws.finish("ensemble_member", label, wanted, row["sha256"], row["seconds"], named, metadata=metadata)
     return StageResult(label, metadata, _curves(history, label))
 
 
