@@ -114,6 +114,40 @@ VIEWS: dict[str, tuple[str, str]] = {
         ORDER BY method, scope, place, min(weight), "group"
         """,
     ),
+    "lineage_inputs": (
+        "Every input of every estimate, one row each: scene files, cube, terrain tiles, weights, calibration, "
+        "settings, packages, and the materializations (with Dagster run) that they come from.",
+        """
+        WITH joined AS (
+            SELECT l.glacier_id, l.year, l.fold, s.kind, s.name, s.address, s.checksum, s.asset, s.partition, s.run_id,
+                   s.materialization_id, s.code_version, s.time
+            FROM lineage l JOIN lineage_sources s ON s.year = l.year AND s.fold = l.fold AND s.scope = 'all'
+            UNION ALL
+            SELECT l.glacier_id, l.year, l.fold, s.kind, s.name, s.address, s.checksum, s.asset, s.partition, s.run_id,
+                   s.materialization_id, s.code_version, s.time
+            FROM lineage l JOIN lineage_sources s
+              ON s.year = l.year AND s.fold = l.fold AND s.scope = 'image' AND s.scope_key = l.scene_ids
+            UNION ALL
+            SELECT l.glacier_id, l.year, l.fold, s.kind, s.name, s.address, s.checksum, s.asset, s.partition, s.run_id,
+                   s.materialization_id, s.code_version, s.time
+            FROM lineage l JOIN lineage_sources s
+              ON s.year = l.year AND s.fold = l.fold AND s.scope = 'terrain' AND s.scope_key = l.terrain_key
+            UNION ALL
+            SELECT glacier_id, year, fold, 'glacier cube', glacier_id, NULL, cube_fingerprint, 'glacier_cubes',
+                   year::VARCHAR, NULL, NULL, NULL, NULL
+            FROM lineage
+            UNION ALL
+            SELECT glacier_id, year, fold, 'static layers', glacier_id, NULL, static_fingerprint, 'elevation', 'all',
+                   NULL, NULL, NULL, NULL
+            FROM lineage WHERE static_fingerprint IS NOT NULL
+            UNION ALL
+            SELECT glacier_id, year, fold, 'prediction', glacier_id, NULL, prediction_fingerprint,
+                   'glacier_predictions', year || '.fold_' || fold, NULL, NULL, NULL, NULL
+            FROM lineage
+        )
+        SELECT * FROM joined
+        """,
+    ),
     "changes_by_country": (
         "Totals by country, year and method.",
         """

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from dl4gam_assets.lineage import Provenance
 from dl4gam_assets.stages import previews
 from dl4gam_assets.stages.base import (
     Site,
@@ -16,13 +14,12 @@ from dl4gam_assets.stages.base import (
     UpstreamError,
     Workspace,
     cached_table,
-    code_version,
     fold_label,
     frame_fingerprint,
     run_stage,
-    utc_now,
     year_fold_label,
 )
+from dl4gam_assets.stages.provenance import expect_calibrated, expect_map, write_lineage
 from dl4gam_assets.tables import INTERVAL_RULES, TABLES, rows_of
 
 if TYPE_CHECKING:
@@ -163,13 +160,14 @@ def area_of(site: Site, year: int, fold: int, glacier_id: str) -> dict[str, Any]
     """Area row of one glacier; runs in a worker process."""
     from dl4gam_assets.change import area_row
     from dl4gam_assets.cubes import open_cube
-    from dl4gam_assets.ensemble import read_prediction
+    from dl4gam_assets.ensemble import read_prediction, read_prediction_tags
 
     storage = site.storage
     with (
         storage.reading(storage.cube(year, glacier_id)) as cube_path,
         storage.reading(storage.prediction(year, glacier_id)) as map_path,
     ):
+        expect_map(site, year, fold, glacier_id, read_prediction_tags(map_path))
         prediction = read_prediction(map_path)
         with open_cube(cube_path) as cube:
             row = area_row(
@@ -189,6 +187,7 @@ def glacier_areas(ws: Workspace, year: int, fold: int, *, force: bool = False) -
         predictions = storage.read_table("predictions", year=year, fold=fold)
         cubes = storage.read_table("cubes", year=year).set_index("glacier_id")
         mapped = _assert_current(predictions, cubes)
+        expect_calibrated(ws, fold, mapped)
         values, failures = ws.over_glaciers(
             "glacier_areas", label, area_of, [(g, (ws.site, year, fold, g)) for g in mapped["glacier_id"]]
         )
@@ -204,8 +203,9 @@ def glacier_areas(ws: Workspace, year: int, fold: int, *, force: bool = False) -
         ]
         areas = pd.DataFrame(rows) if rows else TABLES["areas"].empty().drop(columns=["year", "fold"])
         storage.write_table("areas", areas, {"year": year, "fold": fold})
-        _write_lineage(ws, year, fold, list(values), cubes, extra)
+        record = _write_lineage(ws, year, fold, areas, cubes, extra)
         metadata = {
+            "lineage": record,
             "glaciers": len(areas),
             "failed_glaciers": len(failures),
             "area_km2": float(areas["area_km2"].sum()),
@@ -246,50 +246,12 @@ def _assert_current(predictions: pd.DataFrame, cubes: pd.DataFrame) -> pd.DataFr
 
 
 def _write_lineage(
-    ws: Workspace, year: int, fold: int, ids: list[str], cubes: pd.DataFrame, predictions: pd.DataFrame
-) -> None:
-    storage = ws.storage
-    scenes = storage.read_table("scenes", year=year)
-    scenes = scenes[scenes["selected"].astype(bool)].set_index("glacier_id")
-    periods = storage.read_table("elevation_changes", year=year).set_index("glacier_id")
-    terrain = ws.region.terrain
-    states = {
-        "glacier_cubes": storage.read_state("glacier_cubes", str(year)),
-        "calibration": storage.read_state("calibration", fold_label(fold)),
-        "glacier_predictions": storage.read_state("glacier_predictions", year_fold_label(year, fold)),
-    }
-    runs = {asset: state.get("run_id") for asset, state in states.items() if state} | {"glacier_areas": ws.run_id}
-    rows = []
-    for g in ids:
-        period = periods.loc[g] if g in periods.index else None
-        has_period = period is not None and pd.notna(period["period_start"])
-        rows.append(
-            Provenance(
-                glacier_id=g,
-                year=year,
-                fold=fold,
-                scene_ids=str(cubes.loc[g, "scene_ids"]),
-                image_date=cubes.loc[g, "image_date"].to_pydatetime(),
-                checksums=str(scenes.loc[g, "checksums"]) if g in scenes.index else None,
-                cube_fingerprint=str(cubes.loc[g, "fingerprint"]),
-                dem_source=terrain.dem_source or ", ".join(terrain.dem) or None,
-                dhdt_source=(
-                    f"{terrain.elevation_change_source or 'dh/dt'} {int(period['period_start'])} to "
-                    f"{int(period['period_end'])}"
-                    if has_period and period is not None
-                    else None
-                ),
-                member_sha256=str(predictions.loc[g, "member_sha256"]),
-                calibration_fingerprint=ws.upstream("calibration", fold_label(fold)),
-                prediction_fingerprint=str(predictions.loc[g, "fingerprint"]),
-                settings_fingerprint=ws.region.fingerprint(),
-                code_version=code_version(),
-                run_ids=json.dumps(runs),
-                time=utc_now(),
-            ).model_dump()
-        )
-    frame = pd.DataFrame(rows) if rows else TABLES["lineage"].empty()
-    storage.write_table("lineage", frame.drop(columns=["year", "fold"]), {"year": year, "fold": fold})
+    ws: Workspace, year: int, fold: int, areas: pd.DataFrame, cubes: pd.DataFrame, predictions: pd.DataFrame
+) -> dict[str, Any]:
+    """Write where the areas come from; returns the record for the metadata."""
+    taus = areas.set_index("glacier_id")["tau"]
+    record = write_lineage(ws, year, fold, areas["glacier_id"].tolist(), cubes, predictions, taus)
+    return record.model_dump(mode="json")
 
 
 def outlines_of(site: Site, year: int, fold: int, glacier_id: str) -> Any:

@@ -12,15 +12,18 @@ import functools
 import hashlib
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from upath import UPath
 
 from dl4gam_assets.compute import Done, Mapper
+from dl4gam_assets.lineage.environment import hardware_class, record_settings, record_software
 from dl4gam_assets.settings import Region, fingerprint
 from dl4gam_assets.storage import Storage
 
@@ -32,6 +35,77 @@ log = logging.getLogger("dl4gam_assets")
 
 class UpstreamError(RuntimeError):
     """Something that a stage reads is missing or is not what it expects. The message says what to materialize."""
+
+
+class Upstream(str):
+    """Output fingerprint of an upstream partition that knows whose it is; in fingerprints and JSON it is plain text."""
+
+    asset: str
+    label: str
+
+    def __new__(cls, text: str, asset: str = "", partition: str = "") -> Upstream:
+        made = super().__new__(cls, text)
+        made.asset, made.label = asset, partition
+        return made
+
+
+@dataclass(frozen=True)
+class NamedInputs:
+    """What a partition was made from, by name: dotted key to value, and for upstream results whose they are."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    upstream: dict[str, list[str]] = field(default_factory=dict)
+
+
+def named_inputs(inputs: Mapping[str, Any]) -> NamedInputs:
+    """Flatten a stage's inputs to names that people know: ``selection.cloud_max``, ``dem.dem.tif``, ``cubes``.
+
+    Files (``name:size:hash``) get their own name as the key, so that a file that is added or removed does not shift
+    the others. Long texts are kept as a hash.
+    """
+    out = NamedInputs()
+
+    def walk(value: Any, path: tuple[str, ...]) -> None:
+        key = ".".join(path)
+        if isinstance(value, Upstream):
+            out.values[key] = str(value)
+            out.upstream[key] = [value.asset, value.label]
+        elif isinstance(value, Mapping) and value:
+            for name, item in value.items():
+                walk(item, (*path, str(name)))
+        elif isinstance(value, list | tuple) and value:
+            for i, item in enumerate(value):
+                named = _FILE.fullmatch(item) if isinstance(item, str) else None
+                walk(item, (*path, named[1] if named else str(i)))
+        elif isinstance(value, str) and len(value) > 200:
+            out.values[key] = "#" + fingerprint(value)
+        else:
+            out.values[key] = value if isinstance(value, str | int | float | bool) or value is None else str(value)
+
+    walk({"version": STAGE_VERSION, **inputs}, ())
+    return out
+
+
+#: A file's identity as file_fingerprint and the tiles give it.
+_FILE = re.compile(r"([^:]+):\d+:[0-9a-f]{16}")
+
+
+def materialization_id(asset: str, partition: str, run: str) -> str:
+    """Id of what one run made of one partition; in the state, in the lineage, and in the metadata in Dagster."""
+    return fingerprint([asset, partition, run])
+
+
+def named_path(storage: Storage, asset: str, partition: str) -> UPath:
+    """File of a partition's named inputs, beside its state."""
+    return storage.path("state", asset, "inputs", storage.state_path(asset, partition).name)
+
+
+def read_named(storage: Storage, asset: str, partition: str, inputs: str | None = None) -> NamedInputs | None:
+    """The named inputs that a partition was made from; None where they were not recorded (or of another run)."""
+    found = storage.read_json(named_path(storage, asset, partition))
+    if found is None or (inputs is not None and found.get("input") != inputs):
+        return None
+    return NamedInputs(found["values"], found["upstream"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +172,7 @@ class Workspace:
         return self.site.data_root
 
     # ------------------------------------------------------------------ fingerprints
-    def upstream(self, asset: str, partition: str = "all") -> str:
+    def upstream(self, asset: str, partition: str = "all") -> Upstream:
         """Output fingerprint of an upstream partition.
 
         Raises
@@ -109,14 +183,26 @@ class Workspace:
         state = self.storage.read_state(asset, partition)
         if state is None:
             raise UpstreamError(f"{asset} [{partition}] is not there yet: materialize it first")
-        return str(state["output"])
+        return Upstream(str(state["output"]), asset, partition)
 
-    def upstream_or_none(self, asset: str, partition: str = "all") -> str | None:
+    def upstream_or_none(self, asset: str, partition: str = "all") -> Upstream | None:
         state = self.storage.read_state(asset, partition)
-        return None if state is None else str(state["output"])
+        return None if state is None else Upstream(str(state["output"]), asset, partition)
 
-    def finish(self, asset: str, partition: str, inputs: str, output: str, seconds: float, **extra: Any) -> None:
-        """Record that a partition is complete."""
+    def finish(
+        self,
+        asset: str,
+        partition: str,
+        inputs: str,
+        output: str,
+        seconds: float,
+        named: NamedInputs | None = None,
+        **extra: Any,
+    ) -> None:
+        """Record that a partition is complete. ``named``: what it was made from, by name, for people who ask later."""
+        time_now, software = utc_now(), record_software(self.storage)
+        if named is not None:
+            self.storage.write_json(named_path(self.storage, asset, partition), {"input": inputs, **asdict(named)})
         self.storage.write_state(
             asset,
             partition,
@@ -124,9 +210,13 @@ class Workspace:
                 "input": inputs,
                 "output": output,
                 "run_id": self.run_id,
-                "time": utc_now().isoformat(),
+                "materialization_id": materialization_id(asset, partition, self.run_id or time_now.isoformat()),
+                "time": time_now.isoformat(),
                 "seconds": round(seconds, 3),
                 "code_version": code_version(),
+                "settings": record_settings(self.storage, self.region),
+                "software": software,
+                "hardware": hardware_class(),
                 **extra,
             },
         )
@@ -181,6 +271,9 @@ class StageResult:
     metadata: dict[str, Any] = field(default_factory=dict)
     previews: dict[str, bytes] = field(default_factory=dict)
     unchanged: bool = False
+    inputs: NamedInputs | None = None  # what it is made from
+    input: str | None = None  # its input fingerprint
+    changed: tuple[str, ...] = ()  # files behind it that are not what they were
 
 
 Stage = Callable[..., tuple[str, dict[str, Any], dict[str, bytes]]]
@@ -194,20 +287,22 @@ def run_stage(
     work: Callable[[], tuple[str, dict[str, Any], dict[str, bytes]]],
     *,
     force: bool = False,
+    changed: Sequence[str] = (),
 ) -> StageResult:
     """Do ``work`` unless the partition was made from the same ``inputs`` and nothing in it failed.
 
-    ``work`` returns the output fingerprint, metadata and previews.
+    ``work`` returns the output fingerprint, metadata and previews. ``changed`` names files behind the inputs that are
+    not what they were when the partition was made, where the inputs themselves do not tell.
     """
-    wanted = input_fingerprint(inputs)
+    wanted, named = input_fingerprint(inputs), named_inputs(inputs)
     state = ws.storage.read_state(asset, partition)
-    current = bool(state and state["input"] == wanted and not force and not state.get("failed"))
+    current = bool(state and state["input"] == wanted and not force and not changed and not state.get("failed"))
     if ws.probe:
-        return StageResult(partition, unchanged=current)
+        return StageResult(partition, unchanged=current, inputs=named, input=wanted, changed=tuple(changed))
     if state and current:
-        return StageResult(
-            partition, {**state.get("metadata", {}), "unchanged": True}, _stored_previews(ws, asset, partition), True
-        )
+        metadata = {**state.get("metadata", {}), "unchanged": True}
+        pictures = _stored_previews(ws, asset, partition)
+        return StageResult(partition, metadata, pictures, True, inputs=named, input=wanted)
     start = time.perf_counter()
     output, metadata, previews = work()
     seconds = time.perf_counter() - start
@@ -217,6 +312,7 @@ def run_stage(
         wanted,
         output,
         seconds,
+        named,
         metadata=metadata,
         failed=int(metadata.get("failed_glaciers", 0)),
     )
@@ -227,7 +323,10 @@ def run_stage(
     for title, content in previews.items():
         with ws.storage.writing(_preview_path(ws, asset, partition, title)) as temporary:
             temporary.write_bytes(content)
-    return StageResult(partition, {**metadata, "seconds": round(seconds, 2)}, previews)
+    metadata = {**metadata, "seconds": round(seconds, 2)}
+    if ws.run_id:
+        metadata["materialization_id"] = materialization_id(asset, partition, ws.run_id)
+    return StageResult(partition, metadata, previews, inputs=named, input=wanted)
 
 
 def _preview_path(ws: Workspace, asset: str, partition: str, title: str) -> Any:

@@ -31,6 +31,7 @@ from dl4gam_assets.stages.base import (
     input_fingerprint,
     run_stage,
 )
+from dl4gam_assets.stages.files import changed_files, record_files, sampled_hash, scene_files
 from dl4gam_assets.storage import safe_name
 from dl4gam_assets.tables import TABLES, rows_of
 
@@ -293,6 +294,7 @@ def scene_candidates(ws: Workspace, year: int, *, force: bool = False) -> StageR
         frame["year"] = year
         frame = frame[[c.name for c in TABLES["candidates"].columns if c.name in frame]]
         ws.storage.write_table("candidates", frame, {"year": year})
+        record_files(ws, "scene_candidates", label, scene_files(frame), sampled_hash)
         metadata = {
             "candidates": len(frame),
             "dates": int(frame["date"].nunique()),
@@ -315,7 +317,8 @@ def scene_candidates(ws: Workspace, year: int, *, force: bool = False) -> StageR
         "search": ws.region.imagery.model_dump(mode="json", include={"window", "baseline"}),
         "years": ws.region.years.baseline == year,
     }
-    return run_stage(ws, "scene_candidates", label, inputs, work, force=force)
+    changed = [str(file) for file in changed_files(ws, "scene_candidates", label, sampled_hash)]
+    return run_stage(ws, "scene_candidates", label, inputs, work, force=force, changed=changed)
 
 
 def selected_scenes(ws: Workspace, year: int, *, force: bool = False) -> StageResult:

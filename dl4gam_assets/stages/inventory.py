@@ -21,6 +21,7 @@ def inventory_outlines(ws: Workspace, *, force: bool = False) -> StageResult:
     from dl4gam_assets.inventory import prepare_inventory, read_inventory, restrict_modelled
 
     settings = ws.region.inventory
+    source: str
     if ws.region.simulation is not None:
         source = ws.upstream("simulated_inputs")
         path = ws.data_root / settings.path

@@ -54,14 +54,39 @@ STAGES: dict[str, Callable[..., StageResult]] = {
 }
 
 
+#: Which numbers a partition of an asset has, after the workspace.
+PARTITIONED: dict[str, str] = {
+    **dict.fromkeys(STAGES, "none"),
+    **dict.fromkeys(("scene_candidates", "selected_scenes", "elevation_change", "glacier_cubes", "glacier_outlines",
+                     "area_change", "regional_change", "report", "stac_catalog"), "year"),
+    **dict.fromkeys(("normalization", "ensemble", "calibration", "band_ratio_baseline", "interval_taus", "evaluation"),
+                    "fold"),
+    **dict.fromkeys(("glacier_predictions", "glacier_areas"), "year_fold"),
+    "ensemble_member": "fold_member",
+}  # fmt: skip
+
+
+def probe(ws: Workspace, asset: str, numbers: Iterable[int] = ()) -> StageResult:
+    """Whether a partition is unchanged, and what it would be made from now; does no work.
+
+    Raises
+    ------
+    UpstreamError, OSError
+        if something that it needs is not there.
+    """
+    asking = dataclasses.replace(ws, probe=True)
+    if asset == "ensemble_member":
+        fold, member = numbers
+        result = training.ensemble_members(asking, {"": (fold, member)})[""]
+        if isinstance(result, Exception):
+            raise result
+        return result
+    return STAGES[asset](asking, *numbers)
+
+
 def is_current(ws: Workspace, asset: str, numbers: Iterable[int] = ()) -> bool:
     """Whether a partition was made, without failures, from what its inputs are now. ``numbers``: year, fold, member."""
-    probe = dataclasses.replace(ws, probe=True)
     try:
-        if asset == "ensemble_member":
-            fold, member = numbers
-            result = training.ensemble_members(probe, {"": (fold, member)})[""]
-            return isinstance(result, StageResult) and result.unchanged
-        return STAGES[asset](probe, *numbers).unchanged
+        return probe(ws, asset, numbers).unchanged
     except (UpstreamError, OSError):
         return False

@@ -20,6 +20,7 @@ from dl4gam_assets.compute import Done, Mapper, choose_device, count_accelerator
 from dl4gam_assets.settings import Region, TrainingSettings, fingerprint
 from dl4gam_assets.stages import previews
 from dl4gam_assets.stages.base import (
+    NamedInputs,
     Site,
     StageResult,
     UpstreamError,
@@ -29,8 +30,10 @@ from dl4gam_assets.stages.base import (
     fold_member_label,
     frame_fingerprint,
     input_fingerprint,
+    named_inputs,
     run_stage,
 )
+from dl4gam_assets.stages.files import changed_files, full_hash, record_files
 
 
 def members_of(ws_or_site: Workspace | Site, fold: int, role: str) -> list[str]:
@@ -236,9 +239,11 @@ def ensemble_members(
     site = Site(region, str(ws.storage.root))
     out: dict[str, StageResult | Exception] = {}
     todo: dict[str, tuple[int, int, str]] = {}
+    named: dict[str, NamedInputs] = {}
     for key, (fold, member) in wanted.items():
         try:
-            fingerprint_now = input_fingerprint(_member_inputs(ws, fold, member, region))
+            inputs = _member_inputs(ws, fold, member, region)
+            fingerprint_now, named[key] = input_fingerprint(inputs), named_inputs(inputs)
         except UpstreamError as error:
             out[key] = error
             continue
@@ -246,9 +251,10 @@ def ensemble_members(
         state = ws.storage.read_state("ensemble_member", label)
         stored = (ws.storage.model(fold, member) / "model.safetensors").exists()
         # One that was left out is tried again when it is asked for.
-        current = bool(state and state["input"] == fingerprint_now and stored and not force)
+        changed = tuple(str(file) for file in changed_files(ws, "ensemble_member", label, full_hash))
+        current = bool(state and state["input"] == fingerprint_now and stored and not changed and not force)
         if ws.probe:
-            out[key] = StageResult(label, unchanged=current)
+            out[key] = StageResult(label, unchanged=current, inputs=named[key], input=fingerprint_now, changed=changed)
         elif state and current:
             metadata = {**state.get("metadata", {}), "unchanged": True}
             out[key] = StageResult(label, metadata, _stored_curves(ws, fold, member), unchanged=True)
@@ -266,7 +272,7 @@ def ensemble_members(
     with _epoch_lines(ws, site, {(f, m) for f, m, _ in todo.values()}, packed):
         for done in mapper.map(train_one, tasks, progress=progress):
             fold, member, now = todo[done.key]
-            out[done.key] = _store_member(ws, fold, member, now, done)
+            out[done.key] = _store_member(ws, fold, member, now, done, named[done.key])
     return out
 
 
@@ -334,7 +340,9 @@ def _curves(history: pd.DataFrame, label: str) -> dict[str, bytes]:
     return {"training curves": previews.curves(history, "epoch", shown, label)}
 
 
-def _store_member(ws: Workspace, fold: int, member: int, wanted: str, done: Done) -> StageResult | Exception:
+def _store_member(
+    ws: Workspace, fold: int, member: int, wanted: str, done: Done, named: NamedInputs | None = None
+) -> StageResult | Exception:
     label = fold_member_label(fold, member)
     if not done.ok:
         if done.kind == "TrainingError" and ws.region.training.min_members is not None:
@@ -359,7 +367,10 @@ def _store_member(ws: Workspace, fold: int, member: int, wanted: str, done: Done
         "encoder_weights": row["encoder_weights"],
         "initial_weights_sha256": row["initial_sha256"],
     }
-    ws.finish("ensemble_member", label, wanted, row["sha256"], row["seconds"], metadata=metadata)
+    if ws.storage.is_local:
+        weights = Path(str(ws.storage.model(fold, member) / "model.safetensors"))
+        record_files(ws, "ensemble_member", label, {weights: [label]}, full_hash)
+    ws.finish("ensemble_member", label, wanted, row["sha256"], row["seconds"], named, metadata=metadata)
     return StageResult(label, metadata, _curves(history, label))
 
 
@@ -408,7 +419,7 @@ def ensemble(ws: Workspace, fold: int, *, force: bool = False) -> StageResult:
         }
         return fingerprint(manifest), metadata, {}
 
-    inputs = {str(m): ws.upstream("ensemble_member", fold_member_label(fold, m)) for m in numbers}
+    inputs: dict[str, str] = {str(m): ws.upstream("ensemble_member", fold_member_label(fold, m)) for m in numbers}
     inputs["min_members"] = str(ws.region.training.min_members)
     return run_stage(ws, "ensemble", fold_label(fold), inputs, work, force=force)
 

@@ -68,6 +68,11 @@ def test_checksums_change_with_the_file(make_item: ItemMaker) -> None:
     after = item_checksums(item, ["green"])
     assert set(before) == {"green"} and before != after
     item.assets["green"].extra_fields["file:checksum"] = "1220abcd"
+    stated = item_checksums(item, ["green"])["green"]
+    assert stated.startswith("multihash:1220abcd ")
+    path.write_bytes(path.read_bytes()[:-1] + b"x")  # as large as before, and the catalog knows nothing of it
+    assert item_checksums(item, ["green"])["green"] != stated
+    path.unlink()
     assert item_checksums(item, ["green"]) == {"green": "multihash:1220abcd"}
 
 

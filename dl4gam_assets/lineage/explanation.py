@@ -1,47 +1,21 @@
-"""Where a number comes from: the typed provenance record of an estimate, and explain().
+"""explain(): the tree from an estimate to its pixels, as data and as sentences.
 
-Belongs here: the record that the stage of areas writes for each glacier and year, and reading it back as a story.
+Belongs here: reading the records of one estimate back as a story.
 Does not belong here: Dagster, and any computation of estimates.
 """
 
 from __future__ import annotations
 
-import datetime as dt
 import json
 from typing import Any
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
+from dl4gam_assets.lineage.records import InputRecord, LineageError, Provenance
+from dl4gam_assets.lineage.sources import inputs_of, plain_row
 from dl4gam_assets.settings import Region
 from dl4gam_assets.storage import Storage
-
-
-class LineageError(LookupError):
-    """There is no such estimate. The message says what there is, or why it failed."""
-
-
-class Provenance(BaseModel):
-    """What one estimate (glacier and year) was made from; one row of the table ``lineage``."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    glacier_id: str
-    year: int
-    fold: int
-    scene_ids: str
-    image_date: dt.datetime
-    checksums: str | None
-    cube_fingerprint: str
-    dem_source: str | None
-    dhdt_source: str | None
-    member_sha256: str
-    calibration_fingerprint: str
-    prediction_fingerprint: str
-    settings_fingerprint: str
-    code_version: str
-    run_ids: str | None
-    time: dt.datetime
 
 
 class Explanation(BaseModel):
@@ -57,6 +31,7 @@ class Explanation(BaseModel):
     calibration: dict[str, Any]
     quality: list[dict[str, Any]]
     provenance: Provenance
+    inputs: list[InputRecord]
     notes: list[str]
 
     def lines(self) -> list[tuple[int, str]]:
@@ -137,7 +112,7 @@ def explain(storage: Storage, region: Region, glacier_id: str, year: int) -> Exp
     row = rows[rows["year"] == year]
     if not len(row):
         raise LineageError(_why_not(storage, glacier_id, year, chosen.iloc[0], rows["year"].tolist()))
-    provenance = Provenance.model_validate(_plain(row.iloc[0]))
+    provenance = Provenance.model_validate(plain_row(row.iloc[0]))
     fold = provenance.fold
 
     estimate = _one(storage.read_table("areas", year=year, fold=fold), glacier_id)
@@ -160,20 +135,21 @@ def explain(storage: Storage, region: Region, glacier_id: str, year: int) -> Exp
         notes.append("STALE: the ensemble was trained again after this estimate; materialize glacier_predictions again")
     quality = storage.read_table("evaluation", fold=fold)
     quality = quality[(quality["glacier_id"] == glacier_id) & (quality["role"] == "test")]
-    first = _plain(calibration.iloc[0]) if len(calibration) else {}
+    first = plain_row(calibration.iloc[0]) if len(calibration) else {}
     return Explanation(
-        glacier=_plain(chosen.drop(columns="geometry").iloc[0]),
+        glacier=plain_row(chosen.drop(columns="geometry").iloc[0]),
         estimate=estimate,
-        change=_plain(changes.iloc[0]) if len(changes) else None,
-        image=_plain(used.iloc[0]),
-        runners_up=[_plain(r) for _, r in scenes[~scenes["selected"].astype(bool)].iterrows()],
+        change=plain_row(changes.iloc[0]) if len(changes) else None,
+        image=plain_row(used.iloc[0]),
+        runners_up=[plain_row(r) for _, r in scenes[~scenes["selected"].astype(bool)].iterrows()],
         cube=cube,
-        model={"members": [_plain(r) for _, r in joined.iterrows()]},
+        model={"members": [plain_row(r) for _, r in joined.iterrows()]},
         calibration={
             k: first.get(k) for k in ("method", "n_glaciers", "ece_before", "ece_after", "validation_coverage")
         },
-        quality=[_plain(r) for _, r in quality.iterrows()],
+        quality=[plain_row(r) for _, r in quality.iterrows()],
         provenance=provenance,
+        inputs=inputs_of(storage, provenance),
         notes=notes,
     )
 
@@ -202,21 +178,7 @@ def _one(frame: pd.DataFrame, glacier_id: str) -> dict[str, Any]:
     rows = frame[frame["glacier_id"] == glacier_id]
     if not len(rows):
         raise LineageError(f"the results of {glacier_id} are incomplete: a table lost its row; materialize again")
-    return _plain(rows.iloc[0])
-
-
-def _plain(row: pd.Series) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in row.items():
-        if value is None or (not isinstance(value, str) and pd.isna(value)):
-            out[str(key)] = None
-        elif isinstance(value, pd.Timestamp):
-            out[str(key)] = value.to_pydatetime()
-        elif hasattr(value, "item"):
-            out[str(key)] = value.item()
-        else:
-            out[str(key)] = value
-    return out
+    return plain_row(rows.iloc[0])
 
 
 def _day(value: Any) -> str:
