@@ -42,10 +42,11 @@ class Upstream(str):
 
     asset: str
     label: str
+    whole: bool  # False: of a part of that partition
 
-    def __new__(cls, text: str, asset: str = "", partition: str = "") -> Upstream:
+    def __new__(cls, text: str, asset: str = "", partition: str = "", whole: bool = True) -> Upstream:
         made = super().__new__(cls, text)
-        made.asset, made.label = asset, partition
+        made.asset, made.label, made.whole = asset, partition, whole
         return made
 
 
@@ -69,7 +70,7 @@ def named_inputs(inputs: Mapping[str, Any]) -> NamedInputs:
         key = ".".join(path)
         if isinstance(value, Upstream):
             out.values[key] = str(value)
-            out.upstream[key] = [value.asset, value.label]
+            out.upstream[key] = [value.asset, value.label, *([] if value.whole else ["part"])]
         elif isinstance(value, Mapping) and value:
             for name, item in value.items():
                 walk(item, (*path, str(name)))

@@ -327,7 +327,7 @@ def selected_scenes(ws: Workspace, year: int, *, force: bool = False) -> StageRe
 
     label = str(year)
     selection = ws.region.imagery.selection
-    override_file = _override_file(ws)
+    override_file = override_file_of(ws)
 
     def work() -> tuple[str, dict[str, Any], dict[str, bytes]]:
         glaciers = ws.storage.read_table("glaciers")
@@ -364,7 +364,7 @@ def selected_scenes(ws: Workspace, year: int, *, force: bool = False) -> StageRe
     return run_stage(ws, "selected_scenes", label, inputs, work, force=force)
 
 
-def _override_file(ws: Workspace) -> Path | None:
+def override_file_of(ws: Workspace) -> Path | None:
     """The override file of the region: below data_root, or shipped with the package (``package:NAME``)."""
     name = ws.region.imagery.selection.overrides
     if name is None:

@@ -351,7 +351,9 @@ def expect_made_from_present(ws: Workspace, asset: str, partition: str = "all") 
     named = read_named(ws.storage, asset, partition)
     if named is None:
         return
-    for key, (upstream, label) in named.upstream.items():
+    for key, (upstream, label, *part) in named.upstream.items():
+        if part:
+            continue
         now = ws.upstream_or_none(upstream, label)
         if now is not None and str(now) != named.values[key]:
             raise UpstreamError(

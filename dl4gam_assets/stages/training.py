@@ -23,6 +23,7 @@ from dl4gam_assets.stages.base import (
     NamedInputs,
     Site,
     StageResult,
+    Upstream,
     UpstreamError,
     Workspace,
     cached_table,
@@ -57,8 +58,17 @@ def members_of(ws_or_site: Workspace | Site, fold: int, role: str) -> list[str]:
     return found
 
 
-def _baseline_cubes(ws: Workspace) -> str:
-    return ws.upstream("glacier_cubes", str(ws.region.years.baseline))
+def _fold_cubes(ws: Workspace, fold: int, *roles: str) -> Upstream:
+    """The cubes of a fold's glaciers in these roles: another image for a glacier that the fold only tests, or does not
+    know, makes nothing of the fold stale."""
+    baseline = str(ws.region.years.baseline)
+    ws.upstream("glacier_cubes", baseline)
+    cubes = cached_table(ws.site, "cubes", year=ws.region.years.baseline)
+    folds = cached_table(ws.site, "folds")
+    wanted = folds.loc[(folds["fold"] == fold) & folds["role"].isin(roles), "glacier_id"]
+    mine = cubes[cubes["glacier_id"].isin(set(wanted))].sort_values("glacier_id")
+    content = fingerprint([[str(g), str(f)] for g, f in zip(mine["glacier_id"], mine["fingerprint"], strict=True)])
+    return Upstream(content, "glacier_cubes", baseline, whole=False)
 
 
 def _stacks(site: Site, ids: list[str], year: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -86,7 +96,7 @@ def normalization(ws: Workspace, fold: int, *, force: bool = False) -> StageResu
         return frame_fingerprint(statistics), {"train_glaciers": len(ids), "channels": rows}, {}
 
     inputs = {
-        "cubes": _baseline_cubes(ws),
+        "cubes": _fold_cubes(ws, fold, "train"),
         "folds": ws.upstream("cross_validation_folds"),
         "channels": ws.region.model.channels,
     }
@@ -118,7 +128,7 @@ def pack(ws: Workspace) -> tuple[Path, str]:
 
     from dl4gam_assets.segmentation import pack_cubes
 
-    stamp = fingerprint([_baseline_cubes(ws), ws.region.model.channels])
+    stamp = fingerprint([ws.upstream("glacier_cubes", str(ws.region.years.baseline)), ws.region.model.channels])
     folder = packed_folder(ws.site, stamp)
     if not (folder / "packed.json").exists():
         storage = ws.storage
@@ -157,7 +167,7 @@ def _with_overrides(region: Region, overrides: Mapping[str, Any]) -> Region:
 def _member_inputs(ws: Workspace, fold: int, member: int, region: Region) -> dict[str, Any]:
     return {
         "normalization": ws.upstream("normalization", fold_label(fold)),
-        "cubes": _baseline_cubes(ws),
+        "cubes": _fold_cubes(ws, fold, "train", "valid"),
         "folds": ws.upstream("cross_validation_folds"),
         "model": region.model.model_dump(mode="json"),
         "training": region.training.of_a_member(),
@@ -525,7 +535,7 @@ def calibration(ws: Workspace, fold: int, *, force: bool = False) -> StageResult
     settings = ws.region.calibration
     inputs = {
         "ensemble": ws.upstream("ensemble", label),
-        "cubes": _baseline_cubes(ws),
+        "cubes": _fold_cubes(ws, fold, "valid"),
         # What belongs to conformal intervals alone is applied in `interval_taus`.
         "settings": settings.model_dump(
             mode="json",
@@ -682,7 +692,7 @@ def band_ratio_baseline(ws: Workspace, fold: int, *, force: bool = False) -> Sta
         return fingerprint([frame_fingerprint(frame), sha256]), metadata, {}
 
     inputs = {
-        "cubes": _baseline_cubes(ws),
+        "cubes": _fold_cubes(ws, fold, "train", "valid"),
         "folds": ws.upstream("cross_validation_folds"),
         "settings": settings.model_dump(mode="json"),
         "channels": channels,
