@@ -156,9 +156,8 @@ def _cause(
     try:
         now = probe(ws, asset, numbers)
     except (UpstreamError, OSError) as error:
-        return Cause(
-            asset, label, (f"can not be made again now: {error}",), *graph.reach(asset, numbers, certain=False)
-        )
+        concerned = graph.reach(asset, numbers, certain=False)
+        return Cause(asset, label, (f"can not be made again now: {error}",), *concerned)
     if now.input == state["input"] and not now.changed:
         return None
     before = read_named(ws.storage, asset, label, state["input"])
