@@ -358,6 +358,7 @@ def explain(
     region: RegionOption = "demo",
     home: HomeOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page here that works without network.")] = None,
 ) -> None:
     """Tell where an estimate comes from: image, cube, models, calibration, settings, code, runs."""
     from dl4gam_assets.lineage import LineageError
@@ -368,6 +369,14 @@ def explain(
         story = trace(storage, settings, glacier, year)
     except LineageError as error:
         raise _stop(_escape(str(error))) from error
+    if html is not None:
+        from dl4gam_assets.lineage import explanation_page
+
+        with Storage(html.absolute().parent).writing(html.absolute()) as temporary:
+            temporary.write_text(explanation_page(story, settings.title or settings.name), encoding="utf-8")
+        if not as_json:
+            console.print(f"{html}", highlight=False, soft_wrap=True)
+            return
     if as_json:
         sys.stdout.write(story.model_dump_json(indent=1) + "\n")
         return
@@ -377,6 +386,117 @@ def explain(
     for depth, text in lines[1:]:
         branches[depth] = branches[depth - 1].add(_escape(text))
     console.print(tree, soft_wrap=False)
+
+
+@app.command()
+def reproduce(
+    glacier: Annotated[str, typer.Argument(help="Glacier id as in the inventory.")],
+    year: Annotated[int, typer.Option(help="Year of the estimate.")],
+    region: RegionOption = "demo",
+    home: HomeOption = None,
+    keep: Annotated[Path | None, typer.Option(help="Keep the new store here (an empty folder).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """Make one estimate again from its recorded inputs, in an empty store, and say whether it is the same.
+
+    Scenes, elevation and dh/dt are read again; weights, calibration and tau are those that were recorded. Exit status 1
+    where the result is different.
+    """
+    from dl4gam_assets.compute import Mapper
+    from dl4gam_assets.lineage import LineageError
+    from dl4gam_assets.stages.base import UpstreamError, Workspace
+    from dl4gam_assets.stages.reproduce import reproduce as again
+
+    settings, storage = _open(region, home)
+    try:
+        found = again(Workspace(settings, storage, Mapper(1)), glacier, year, keep)
+    except (LineageError, UpstreamError, FileExistsError, OSError) as error:
+        raise _stop(_escape(str(error))) from error
+    if as_json:
+        sys.stdout.write(found.model_dump_json(indent=1) + "\n")
+    else:
+        table = RichTable("step", "recorded", "made again", "")
+        for step in found.steps:
+            word = "same" if step.same else "within the tolerance" if step.within else "different"
+            table.add_row(step.step, _escape(step.recorded), _escape(step.again), word)
+        console.print(table)
+        for note in found.notes:
+            console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{glacier} {year}: {found.verdict} ({found.seconds:.0f} s)", highlight=False)
+        if found.store:
+            console.print(f"the new store: {found.store}", highlight=False, soft_wrap=True)
+    if found.verdict == "different":
+        raise typer.Exit(1)
+
+
+@app.command()
+def diff(
+    a: Annotated[str, typer.Argument(help="Results: a store, FILE.duckdb, or either with @YEAR.")],
+    b: Annotated[str, typer.Argument(help="Other results, in the same form.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", help="Write the estimates that differ here, as CSV.")
+    ] = None,
+) -> None:
+    """Say why two runs disagree: image, model, calibration, settings or code, and how much goes with each.
+
+    A store is the folder of a region below DL4GAM_HOME. `dl4gam diff home/alps@2022 home/alps@2023` compares two years.
+    """
+    import pandas as pd
+
+    from dl4gam_assets.lineage import LineageError, compare, open_results
+
+    try:
+        found = compare(open_results(a), open_results(b))
+    except (LineageError, OSError) as error:
+        raise _stop(_escape(str(error))) from error
+    if file is not None:
+        frame = pd.DataFrame(found.estimates)
+        if len(frame):
+            frame["reasons"] = frame["reasons"].map("; ".join)
+        frame.to_csv(file, index=False)
+    if as_json:
+        sys.stdout.write(found.model_dump_json(indent=1) + "\n")
+    else:
+        _print_difference(found)
+
+
+def _print_difference(found: Any) -> None:
+    from dl4gam_assets.lineage.difference import REASONS
+
+    if found.same:
+        console.print("all estimates are the same", highlight=False)
+    totals = RichTable("year", "estimates A", "B", "that differ", "area A (km2)", "B", "B - A")
+    for t in found.totals:
+        totals.add_row(
+            str(t.year), str(t.estimates_a), str(t.estimates_b), str(t.estimates_that_differ), f"{t.area_a_km2:.4f}",
+            f"{t.area_b_km2:.4f}", f"{t.difference_km2:+.4f}",
+        )  # fmt: skip
+    console.print(totals)
+    if found.shares:
+        shares = RichTable("year", "because of", "estimates", "B - A (km2)", "of the difference")
+        for s in found.shares[:30]:
+            share = "" if s.share is None else f"{100 * s.share:.0f}%"
+            shares.add_row(str(s.year), ", ".join(s.reasons), str(s.estimates), f"{s.difference_km2:+.5f}", share)
+        console.print(shares)
+        named = {r.removeprefix("baseline: ") for s in found.shares for r in s.reasons}
+        for reason in (r for r in REASONS if r in named):
+            console.print(f"  {reason}: {REASONS[reason]}", highlight=False, soft_wrap=True)
+    rates = [r for r in found.rates if r.rate_a_pct_per_year != r.rate_b_pct_per_year]
+    if rates:
+        shown = RichTable("year", "method", "rate A (%/yr)", "rate B (%/yr)")
+        for r in rates:
+            cells = ["" if v is None else f"{v:+.3f}" for v in (r.rate_a_pct_per_year, r.rate_b_pct_per_year)]
+            shown.add_row(str(r.year), r.method, *cells)
+        console.print(shown)
+    for title, rows in (("setting", found.settings), ("package", found.software), ("code", found.code)):
+        if rows:
+            table = RichTable(title, "A", "B", "estimates")
+            for row in rows:
+                table.add_row(row.key, _escape(str(row.a)), _escape(str(row.b)), str(row.estimates))
+            console.print(table)
+    for note in found.notes:
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
 
 
 class Colours(enum.StrEnum):
@@ -458,8 +578,18 @@ def _all_plates(site: Any, year: int, limit: int, colours: Colours) -> None:
 
 
 @app.command()
-def status(region: RegionOption = "demo", home: HomeOption = None) -> None:
-    """Say what is there: partitions of each asset, estimates by year, failures."""
+def status(
+    region: RegionOption = "demo",
+    home: HomeOption = None,
+    stale: Annotated[bool, typer.Option(help="Also ask every partition whether its inputs are the same.")] = True,
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", help="Write the estimates that are stale here, as CSV.")
+    ] = None,
+) -> None:
+    """Say what is there: partitions of each asset, estimates by year, failures, and what no longer matches its inputs.
+
+    What is stale is made again by `dl4gam materialize`, and nothing else is.
+    """
     settings, storage = _open(region, home)
     folder = storage.path("state")
     if not folder.exists():
@@ -486,6 +616,37 @@ def status(region: RegionOption = "demo", home: HomeOption = None) -> None:
         for (stage, error), n in worst.items():  # type: ignore[misc]
             shown.add_row(str(stage), str(n), _escape(str(error)))
         console.print(shown)
+    if stale:
+        _print_stale(settings, storage, file)
+
+
+def _print_stale(settings: Region, storage: Storage, file: Path | None) -> None:
+    from dl4gam_assets.stages.base import UpstreamError, Workspace
+    from dl4gam_assets.stages.staleness import find_stale
+
+    try:
+        found = find_stale(Workspace(settings, storage))
+    except UpstreamError as error:
+        raise _stop(_escape(str(error))) from error
+    if file is not None:
+        found.estimates.to_csv(file, index=False)
+    for name in found.gone[:5]:
+        console.print(f"file is gone: {name} (nothing is stale by that)", highlight=False, markup=False, soft_wrap=True)
+    if len(found.gone) > 5:
+        console.print(f"... and {len(found.gone) - 5} more files", highlight=False)
+    if found.current:
+        console.print(f"all {found.checked} partitions match their inputs", highlight=False)
+        return
+    by_year = RichTable("year", "stale", "may change", title="estimates that no longer match their inputs")
+    for year, mine in found.estimates.groupby("year"):
+        counts = mine["state"].value_counts()
+        by_year.add_row(str(year), str(counts.get("stale", 0)), str(counts.get("may change", 0)))
+    console.print(by_year if len(found.estimates) else "no estimate is stale, but later results are:", highlight=False)
+    for cause in found.causes[:20]:
+        console.print(f"  {cause}", highlight=False, markup=False, soft_wrap=True)
+    if len(found.causes) > 20:
+        console.print(f"  ... and {len(found.causes) - 20} more", highlight=False)
+    console.print("`dl4gam materialize` makes these again, and nothing else", highlight=False)
 
 
 @app.command()

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+from filelock import FileLock
+
+if TYPE_CHECKING:
+    from dl4gam_assets_tests.small_region import Small
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +21,23 @@ def real_data() -> Path:
     if not (folder / "MANIFEST.md").is_file():
         pytest.skip(f"real sample data are absent ({folder}): set DL4GAM_REAL_DATA to their folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Small]:
+    """A small simulated region, materialized once for all tests and processes (a minute). Read it, or copy it."""
+    from dl4gam_assets.compute import close_clusters
+    from dl4gam_assets_tests.small_region import Small
+
+    shared = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        shared = shared.parent
+    home = shared / "small"
+    with FileLock(str(shared / "small.lock")):
+        home.mkdir(exist_ok=True)
+        made = Small(home)
+        if not (home / "done").exists():
+            assert made.run().failed == []
+            (home / "done").touch()
+    yield made
+    close_clusters()

@@ -9,83 +9,23 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import duckdb
 import pandas as pd
 import pytest
 import rasterio
 import yaml
-from typer.testing import CliRunner
 
-from dl4gam_assets.cli import app
-from dl4gam_assets.compute import Mapper, close_clusters
-from dl4gam_assets.definitions import build_defs
+from dl4gam_assets.compute import Mapper
 from dl4gam_assets.lineage import LineageError, explain
-from dl4gam_assets.orchestrate import instance, materialize
-from dl4gam_assets.settings import Region, load_region
+from dl4gam_assets.orchestrate import instance
+from dl4gam_assets.settings import load_region
 from dl4gam_assets.stages import areas as area_stages
 from dl4gam_assets.stages import imagery as imagery_stages
 from dl4gam_assets.stages.base import UpstreamError, Workspace
 from dl4gam_assets.storage import Storage
 from dl4gam_assets.tables import TABLES
-
-YEARS = (2015, 2016, 2017)
-SMALL = {
-    "name": "small",
-    "years": {"first": 2015, "last": 2017, "baseline": 2015},
-    "folds": {"n": 2, "validation_share": 0.2},
-    "training.members": 2,
-    "training.epochs": 2,
-    "training.train_patches": 48,
-    "training.patch_px": 64,
-    "simulation.size_px": [640, 640],
-    "inventory.min_area_km2": 0.1,
-    "compute.workers": 1,
-}
-
-
-class Small:
-    """A materialized small region."""
-
-    def __init__(self, home: Path):
-        self.home = home
-        raw = yaml.safe_load((Path(__file__).parents[1] / "dl4gam_assets" / "regions" / "demo.yaml").read_text())
-        for key, value in SMALL.items():
-            node = raw
-            *parents, last = key.split(".")
-            for parent in parents:
-                node = node.setdefault(parent, {})
-            node[last] = value
-        self.yaml = home / "small.yaml"
-        self.yaml.write_text(yaml.safe_dump(raw))
-        self.region: Region = load_region(self.yaml)
-        self.storage = Storage(home / "small")
-
-    def run(self, **choice: Any) -> Any:
-        os.environ |= {"DL4GAM_HOME": str(self.home), "DL4GAM_REGION": str(self.yaml)}
-        os.environ.pop("DAGSTER_HOME", None)
-        try:
-            return materialize(build_defs(self.region), self.region, self.storage, **choice)
-        finally:
-            for name in ("DL4GAM_HOME", "DL4GAM_REGION", "DAGSTER_HOME"):
-                os.environ.pop(name, None)
-
-    def workspace(self) -> Workspace:
-        return Workspace(self.region, self.storage, Mapper(1))
-
-    def cli(self, *words: str) -> Any:
-        region = [] if words[0] in {"regions"} else ["--region", str(self.yaml), "--home", str(self.home)]
-        return CliRunner().invoke(app, [*words, *region])
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made = Small(tmp_path_factory.mktemp("home"))
-    outcome = made.run()
-    assert outcome.failed == []
-    yield made
-    close_clusters()
+from dl4gam_assets_tests.small_region import Small
 
 
 def test_every_table_has_rows(small: Small) -> None:

@@ -5,8 +5,9 @@ Does not belong here: assets.
 """
 
 import base64
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 
 import dagster as dg
 
@@ -83,7 +84,29 @@ def attach(context: dg.AssetExecutionContext, results: Mapping[str, StageResult 
 def metadata_of(result: StageResult) -> dict[str, Any]:
     """A stage's metadata and pictures as Dagster shows them."""
     metadata = {name: _value(value) for name, value in result.metadata.items() if value is not None}
+    if result.inputs is not None and result.inputs.upstream:
+        metadata["made_from"] = dg.MetadataValue.md(_links(result.inputs.upstream.values()))
     return metadata | {title: picture(content, title) for title, content in result.previews.items()}
+
+
+#: More links than these help nobody.
+_LINKS = 40
+
+
+def _links(upstream: Iterable[Sequence[str]]) -> str:
+    """Markdown links to the pages of the partitions that a partition was made from."""
+    known = sorted({(asset, label) for asset, label, *_ in upstream})
+    lines = []
+    for asset, label in known[:_LINKS]:
+        parts = label.split(".")
+        # Dagster names a partition of two dimensions by both keys in the order of the dimensions' names: fold before
+        # member and before year.
+        key = "|".join(reversed(parts)) if parts[0].isdigit() else "|".join(parts)
+        place = f"/assets/{asset}" + ("" if label == "all" else f"?view=partitions&partition={quote(key)}")
+        lines.append(f"- [{asset}{'' if label == 'all' else f' [{label}]'}]({place})")
+    if len(known) > _LINKS:
+        lines.append(f"- and {len(known) - _LINKS} more")
+    return "\n".join(lines)
 
 
 def _say(context: dg.AssetExecutionContext, result: StageResult) -> None:

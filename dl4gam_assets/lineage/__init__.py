@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from dl4gam_assets.lineage.difference import Difference, compare, open_results
 from dl4gam_assets.lineage.explanation import Explanation, explain
+from dl4gam_assets.lineage.page import explanation_page
 from dl4gam_assets.lineage.records import InputRecord, LineageError, PartitionRecord, Provenance
 from dl4gam_assets.lineage.sources import inputs_of
 
 __all__ = [
     "Difference", "Explanation", "InputRecord", "LineageError", "PartitionRecord", "Provenance", "compare", "explain",
-    "inputs_of", "open_results",
+    "explanation_page", "inputs_of", "open_results",
 ]  # fmt: skip

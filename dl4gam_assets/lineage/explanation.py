@@ -73,9 +73,9 @@ class Explanation(BaseModel):
             (1, f"interval: tau {_number(e['tau'])} by {k['method']} on {k['n_glaciers']} validation glaciers; "
                 f"calibration error {_number(k['ece_before'])} before, {_number(k['ece_after'])} after")
         )  # fmt: skip
-        for q in self.quality:
-            out.append((1, f"held-out {q['method']} here, {q['scope']}: IoU {_number(q['iou'])}, precision "
-                           f"{_number(q['precision'])}, recall {_number(q['recall'])}"))  # fmt: skip
+        if self.quality:
+            out.append((1, "quality here in the inventory year, on maps by models that never saw this glacier"))
+            out += [(2, line) for line in _quality_lines(self.quality)]
         p = self.provenance
         out += [
             (
@@ -179,6 +179,26 @@ def _one(frame: pd.DataFrame, glacier_id: str) -> dict[str, Any]:
     if not len(rows):
         raise LineageError(f"the results of {glacier_id} are incomplete: a table lost its row; materialize again")
     return plain_row(rows.iloc[0])
+
+
+_SCOPES = {"scene": "whole scene", "ring": "within 50 m", "reference": "second inventory"}
+_RECALLS = {"debris": "debris", "clean_ice": "clean ice"}
+
+
+def _quality_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """A line a method, the ensemble first."""
+    methods = sorted({str(r["method"]) for r in rows}, key=lambda m: (m != "ensemble", m))
+    out = []
+    for method in methods:
+        mine = {str(r["scope"]): r for r in rows if r["method"] == method}
+        words = [f"IoU {_number(mine[s]['iou'])} ({text})" for s, text in _SCOPES.items() if s in mine]
+        words += [
+            f"recall {_number(mine[s]['recall'])} on {text}"
+            for s, text in _RECALLS.items()
+            if s in mine and mine[s]["recall"] is not None
+        ]
+        out.append(f"{method}: {', '.join(words)}")
+    return out
 
 
 def _day(value: Any) -> str:

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
     from dl4gam_assets.change.areas import Shares
 
-#: Raised when the columns or rules of areas and outlines change, so that tables of an older version are made again.
-_VERSION = 3
+#: Raised when the columns or rules of areas, outlines and lineage change, so that tables of an older version are made
+#: again.
+_VERSION = 4
 
 
 def _shares_of(site: Site, glacier_id: str, cube: xr.Dataset) -> Shares:

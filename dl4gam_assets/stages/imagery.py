@@ -59,11 +59,11 @@ def _catalog(site: Site, stamp: str) -> Any:
 def _index(site: Site, year: int, stamp: float) -> Any:
     from dl4gam_assets.imagery import read_items
 
-    with site.storage.reading(_index_path(site, year)) as local:
+    with site.storage.reading(index_path(site, year)) as local:
         return read_items(local)
 
 
-def _index_path(site: Site, year: int) -> Any:
+def index_path(site: Site, year: int) -> Any:
     return site.storage.path("items", f"{year}.jsonl")
 
 
@@ -73,7 +73,7 @@ def catalog_of(site: Site, year: int, stamp: str = "") -> Any:
     Of a STAC API or GeoParquet files it is the item index in the store, which one search for many glaciers wrote; the
     API is not asked.
     """
-    path = _index_path(site, year)
+    path = index_path(site, year)
     if isinstance(site.region.imagery.catalog, _SEARCHED) and path.exists():
         return _index(site, year, path.stat().st_mtime)
     return _catalog(site, stamp)
@@ -149,7 +149,7 @@ def search_items(ws: Workspace, year: int, glaciers: Any, stamp: str, again: boo
             raise
     with contextlib.ExitStack() as stack:
         parts = [stack.enter_context(ws.storage.reading(path)) for path in plan]
-        with ws.storage.writing(_index_path(ws.site, year)) as temporary:
+        with ws.storage.writing(index_path(ws.site, year)) as temporary:
             items = merge_items(parts, temporary)
     current = {path.name for path in plan}
     for path in list(folder.glob("*.jsonl")) if folder.exists() else ():

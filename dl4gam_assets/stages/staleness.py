@@ -79,8 +79,8 @@ class Staleness:
 
     ``partitions``: DataFrame (asset, partition, own, n_glaciers): partitions that are stale, ``own`` by themselves or
     because of what they read. ``estimates``: DataFrame (glacier_id, year, fold, state, reasons) with the state
-    ``stale`` or ``may change``. ``gone``: files that results were made from and that are not there any more, which makes nothing
-    stale. ``checked``: partitions that were looked at.
+    ``stale`` or ``may change``. ``gone``: files that results were made from and that are not there any more, which
+    makes nothing stale. ``checked``: partitions that were looked at.
     """
 
     causes: list[Cause] = field(default_factory=list)
@@ -135,10 +135,10 @@ def find_stale(ws: Workspace) -> Staleness:
             if state is None:
                 continue
             out.checked += 1
-            cause = _cause(ws, graph, asset, label, numbers, state)
+            cause, named = _cause(ws, graph, asset, label, numbers, state)
             if cause is not None:
                 out.causes.append(cause)
-            graph.add(asset, label, numbers, cause)
+            graph.add(asset, label, numbers, named, cause)
             if asset == "scene_candidates":
                 lost = [f for f in changed_files(ws, asset, label, sampled_hash, gone=True) if f.gone]
                 out.gone += [f.path for f in lost]
@@ -151,24 +151,24 @@ def find_stale(ws: Workspace) -> Staleness:
 # --------------------------------------------------------------------------------------------- one partition
 def _cause(
     ws: Workspace, graph: _Graph, asset: str, label: str, numbers: tuple[int, ...], state: dict[str, Any]
-) -> Cause | None:
-    """Why a partition is stale by itself; None where it is not."""
+) -> tuple[Cause | None, NamedInputs | None]:
+    """Why a partition is stale by itself (None where it is not), and what it was made from."""
+    before = read_named(ws.storage, asset, label, state["input"])
     try:
         now = probe(ws, asset, numbers)
     except (UpstreamError, OSError) as error:
         concerned = graph.reach(asset, numbers, certain=False)
-        return Cause(asset, label, (f"can not be made again now: {error}",), *concerned)
-    if now.input == state["input"] and not now.changed:
-        return None
-    before = read_named(ws.storage, asset, label, state["input"])
+        return Cause(asset, label, (f"can not be made again now: {error}",), *concerned), before
+    if now.input == state["input"]:
+        before = before or now.inputs  # made by an older version, from the same
+        if not now.changed:
+            return None, before
     keys = _changed_keys(before, now.inputs)
     reasons = [*_words(keys, before, now.inputs), *now.changed]
     if not reasons:
         reasons = ["made by another version, which kept no names of its inputs" if before is None else "other inputs"]
     certain, possible = _concerned(ws, graph, asset, label, numbers, keys, now, before)
-    if not certain and not possible and asset not in _AFTER_ESTIMATES:
-        possible = graph.reach(asset, numbers)[0]
-    return Cause(asset, label, tuple(reasons), certain, possible)
+    return Cause(asset, label, tuple(reasons), certain, possible), before or now.inputs
 
 
 def _changed_keys(before: NamedInputs | None, now: NamedInputs | None) -> list[str]:
@@ -296,10 +296,11 @@ class _Graph:
             ids = self.tested(numbers[1])
         return (ids, NONE) if certain else (NONE, ids)
 
-    def add(self, asset: str, label: str, numbers: tuple[int, ...], cause: Cause | None) -> None:
+    def add(
+        self, asset: str, label: str, numbers: tuple[int, ...], named: NamedInputs | None, cause: Cause | None
+    ) -> None:
         """Join a partition's own cause with those of what it was made from."""
         scopes: dict[int, tuple[Ids, Ids]] = {}
-        named = read_named(self.ws.storage, asset, label)
         for key, (upstream, upstream_label, *_) in (named.upstream if named else {}).items():
             for number, scope in self.found.get((upstream, upstream_label), {}).items():
                 passed = self._passed(asset, numbers, key, upstream, scope)
