@@ -61,11 +61,12 @@ def build_defs(
     """
     settings = region if isinstance(region, Region) else load_region(region or region_name())
     partitions = Partitions(settings)
+    assets = build_assets(settings)
     jobs = build_jobs(partitions)
     small = settings.compute.partitions_per_run > 1
     return dg.Definitions(
-        assets=build_assets(settings),
-        asset_checks=build_checks(settings),
+        assets=assets,
+        asset_checks=build_checks(settings, assets),
         jobs=jobs,
         schedules=build_schedules(partitions),
         sensors=build_sensors(partitions, jobs),
