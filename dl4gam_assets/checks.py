@@ -786,10 +786,11 @@ def _range(
     )
 
 
-def _newest(instance: dg.DagsterInstance, asset: str, partition: str) -> _Target | None:
+def _newest(instance: dg.DagsterInstance, asset: str, partition: str | None) -> _Target | None:
     """The materialization that a partition's evaluation speaks of, without which Dagster would ignore it."""
+    wanted = None if partition is None else [partition]
     records = instance.fetch_materializations(
-        dg.AssetRecordsFilter(asset_key=dg.AssetKey(asset), asset_partitions=[partition]), limit=1
+        dg.AssetRecordsFilter(asset_key=dg.AssetKey(asset), asset_partitions=wanted), limit=1
     ).records
     if not records:
         return None
