@@ -30,7 +30,7 @@ from dl4gam_assets.assets import (  # noqa: E402
 from dl4gam_assets.automation import build_jobs, build_schedules, build_sensors, with_conditions  # noqa: E402
 from dl4gam_assets.checks import build_checks  # noqa: E402
 from dl4gam_assets.partitions import Partitions  # noqa: E402
-from dl4gam_assets.resources import default_workspace, region_name  # noqa: E402
+from dl4gam_assets.resources import default_webhook, default_workspace, region_name  # noqa: E402
 from dl4gam_assets.settings import Region, load_region  # noqa: E402
 
 _GROUPS = (inventory, imagery, terrain, cubes, training, predictions, areas, change, publication)
@@ -52,7 +52,7 @@ def build_defs(
     region
         settings, a packaged name or a path; the environment's (DL4GAM_REGION) when None.
     resource_overrides
-        resources that replace the default ones by name (``workspace``).
+        resources that replace the default ones by name (``workspace``, ``webhook``).
 
     Raises
     ------
@@ -61,14 +61,16 @@ def build_defs(
     """
     settings = region if isinstance(region, Region) else load_region(region or region_name())
     partitions = Partitions(settings)
+    assets = build_assets(settings)
+    jobs = build_jobs(partitions)
     small = settings.compute.partitions_per_run > 1
     return dg.Definitions(
-        assets=build_assets(settings),
-        asset_checks=build_checks(settings),
-        jobs=build_jobs(partitions),
+        assets=assets,
+        asset_checks=build_checks(settings, assets),
+        jobs=jobs,
         schedules=build_schedules(partitions),
-        sensors=build_sensors(),
-        resources={"workspace": default_workspace(), **(resource_overrides or {})},
+        sensors=build_sensors(partitions, jobs),
+        resources={"workspace": default_workspace(), "webhook": default_webhook(), **(resource_overrides or {})},
         # Small regions would spend their time on starting a process for each step.
         executor=dg.in_process_executor if small else dg.multiprocess_executor,
         metadata={"region": settings.name, "region_title": settings.title},

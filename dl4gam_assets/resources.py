@@ -4,8 +4,10 @@ Belongs here: Dagster resources that return plain objects, which know nothing of
 Does not belong here: any work.
 """
 
+import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 from pydantic import Field
@@ -75,15 +77,47 @@ class WorkspaceResource(dg.ConfigurableResource):
 
     def open(self, context: dg.AssetExecutionContext) -> Workspace:
         """The plain workspace of one run."""
+        return dataclasses.replace(self.plain(), logger=context.log, run_id=context.run.run_id)
+
+    def plain(self) -> Workspace:
+        """The workspace outside of a run: for sensors."""
         settings = self.region.settings()
         return Workspace(
             region=settings,
             storage=self.region.storage(),
             mapper=self.compute.mapper(settings),
             device=self.device.name(settings),
-            logger=context.log,
-            run_id=context.run.run_id,
         )
+
+
+class WebhookResource(dg.ConfigurableResource):
+    """Where failures are told: the webhook of a chat. The address is a secret and comes from the environment."""
+
+    url: str = Field("", description="Address to post {'text': ...} to; empty: failures are only logged.")
+    host: str = Field("", description="The only host that gets messages; the address must lie there.")
+    ui: str = Field("", description="Address of Dagster's UI, for links in messages.")
+
+    def send(self, text: str) -> None:
+        """Send a message, if a webhook is configured. Raises NotifyError if it could not be delivered."""
+        if self.url:
+            from dl4gam_assets.notify import send
+
+            send(self.url, self.host, text)
+
+    def link(self, run_id: str) -> str | None:
+        return f"{self.ui.rstrip('/')}/runs/{run_id}" if self.ui else None
+
+
+def default_webhook() -> WebhookResource:
+    """The webhook of DL4GAM_WEBHOOK_URL at DL4GAM_WEBHOOK_HOST, with links to DL4GAM_UI_URL; read when it is used."""
+    return WebhookResource(
+        url=_secret("DL4GAM_WEBHOOK_URL"), host=_secret("DL4GAM_WEBHOOK_HOST"), ui=_secret("DL4GAM_UI_URL")
+    )
+
+
+def _secret(name: str) -> Any:
+    """An environment variable that Dagster shows by name, never by value; empty where it is not set."""
+    return dg.EnvVar(name) if os.environ.get(name) else ""
 
 
 def default_workspace() -> WorkspaceResource:

@@ -24,10 +24,10 @@ SMALL = {
     "years": {"first": 2015, "last": 2017, "baseline": 2015},
     "folds": {"n": 2, "validation_share": 0.2},
     "training.members": 2,
-    "training.epochs": 2,
-    "training.train_patches": 48,
+    "training.epochs": 16,  # a few seconds, and maps that are worth checking
+    "training.train_patches": 256,
     "training.patch_px": 64,
-    "simulation.size_px": [640, 640],
+    "simulation.size_px": [760, 760],
     "inventory.min_area_km2": 0.1,
     "compute.workers": 1,
 }

@@ -47,6 +47,8 @@ def build(p: Partitions) -> list[dg.AssetsDefinition]:
         deps=[
             dg.AssetDep("glacier_predictions", partition_mapping=p.of_year),
             dg.AssetDep(interval_taus, partition_mapping=p.every),
+            # Nothing of it is read: outlines wait where a check holds the areas of the same maps back.
+            dg.AssetDep(glacier_areas, partition_mapping=p.of_year),
         ],
     )  # fmt: skip
     def glacier_outlines(context: dg.AssetExecutionContext, workspace: WorkspaceResource) -> None:
