@@ -11,6 +11,7 @@ import enum
 import json
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -507,6 +508,93 @@ def ui(
     ]  # fmt: skip
     console.print(f"http://127.0.0.1:{port}  (stop with Ctrl-C)", highlight=False)
     os.execve(sys.executable, command, environment)  # noqa: S606
+
+
+@app.command()
+def transfer(
+    inventory: Annotated[
+        Path, typer.Option(help="Second inventory: a vector file, or the folder of the raw SGI2016 files.")
+    ],
+    year: Annotated[int, typer.Option(help="Year of the maps; the baseline year is nearest to most inventories.")],
+    region: RegionOption = "demo",
+    home: HomeOption = None,
+    layer: Annotated[str | None, typer.Option(help="Layer of the file.")] = None,
+    id_column: Annotated[str | None, typer.Option(help="Column of the glacier ids; guessed by default.")] = None,
+    separation_m: Annotated[
+        float, typer.Option(min=0, help="Distance to keep from glaciers that the fold trained or validated on.")
+    ] = 0.0,
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", help="Write the glaciers here: .csv, or .parquet with outlines.")
+    ] = None,
+    id_map: Annotated[Path | None, typer.Option(help="Write the id map here: .csv or .parquet.")] = None,
+) -> None:
+    """Measure a second inventory's glaciers, with its own ids and divides, on maps that never saw them.
+
+    Each glacier is judged by the fold that holds out all glaciers of the region that it overlaps. Nothing goes into
+    the store. Inventories have their own rules and dates, so a perfect map would not agree with both.
+    """
+    from dl4gam_assets.compute import Mapper
+    from dl4gam_assets.stages.base import UpstreamError, Workspace
+    from dl4gam_assets.stages.transfer import read_second_inventory
+    from dl4gam_assets.stages.transfer import transfer as measure
+
+    for path in (file, id_map):
+        if path is not None and path.suffix not in {".csv", ".parquet"}:
+            raise _stop(f"{path}: the name must end in .csv or .parquet")
+    settings, storage = _open(region, home)
+    _check_choice("year", [year], settings.years.all())
+    ws = Workspace(settings, storage, Mapper(settings.compute.workers))
+    try:
+        with tempfile.TemporaryDirectory(prefix="dl4gam-") as work:
+            second, rejected = read_second_inventory(inventory, layer, id_column, Path(work))
+            found = measure(ws, second, rejected, year, separation_m=separation_m)
+    except (SettingsError, UpstreamError, ValueError) as error:
+        raise _stop(_escape(str(error))) from error
+    for path, frame in ((file, found.glaciers), (id_map, found.id_map)):
+        if path is not None:
+            with Storage(path.absolute().parent).writing(path.absolute()) as temporary:
+                if path.suffix == ".parquet":
+                    frame.to_parquet(temporary, index=False)
+                else:
+                    frame.drop(columns="geometry", errors="ignore").to_csv(temporary, index=False)
+    _print_transfer(found)
+
+
+def _print_transfer(found: Any) -> None:
+    s = found.summary
+    table = RichTable("transfer to the second inventory", "")
+    for name, number in s["relations"].items():
+        if number:
+            where = "glaciers of the first inventory only" if name == "vanished" else "glaciers"
+            table.add_row(f"ids: {name}", f"{number} {where}")
+    table.add_row("glaciers, area", f"{s['glaciers']}, {s['area_km2']:.2f} km2")
+    table.add_row("held out by a fold", f"{s['held_out']} ({100 * s['held_out_share']:.1f}% of the area)")
+    table.add_row("measured on held-out maps", f"{s['measured']} ({100 * s['measured_share']:.1f}% of the area)")
+    if s["partly_mapped"]:
+        table.add_row("partly mapped or seen, left out below", str(s["partly_mapped"]))
+    if s["measured"]:
+        table.add_row(
+            "their area: estimate, outlines",
+            f"{s['mapped_km2']:.2f} ({s['lower_km2']:.2f} to {s['upper_km2']:.2f}), "
+            f"{s['measured_outline_km2']:.2f} km2",
+        )
+        table.add_row("median of area / outline - 1", f"{100 * s['median_relative_difference']:+.1f}%")
+        table.add_row("outline areas inside their interval", f"{100 * s['inside_share']:.0f}%")
+        table.add_row("recall, IoU (all valid pixels of the cells)", f"{s['recall']:.3f}, {s['iou']:.3f}")
+        table.add_row("IoU within 50 m (ring)", f"{s['ring_iou']:.3f}")
+        table.add_row("mean over glaciers: IoU, ring IoU", f"{s['mean_iou']:.3f}, {s['mean_ring_iou']:.3f}")
+    console.print(table)
+    for reason, rows in found.glaciers.groupby("reason"):
+        if reason != "held out":
+            text = f"{len(rows)} glaciers, {rows['outline_km2'].sum():.2f} km2"
+            console.print(f"{reason}: {text}", highlight=False, markup=False)
+    lost = found.glaciers[found.glaciers["error"].notna()]
+    for row in lost.head(5).itertuples():
+        errors.print(f"{row.glacier_id}: {row.error}", highlight=False, markup=False, soft_wrap=True)
+    if len(lost) > 5:
+        errors.print(f"... and {len(lost) - 5} more (column error)", highlight=False)
+    if len(found.rejected):
+        errors.print(f"{len(found.rejected)} outlines of the second inventory can not be used", highlight=False)
 
 
 @app.command()

@@ -208,3 +208,26 @@ def choose_device(wish: str = "auto") -> str:
             f"compute.device is {wish!r}, but this machine has none that torch can use; set it to 'auto' or 'cpu'"
         )
     return wish
+
+
+def count_accelerators(device: str, wanted: int = 0) -> int:
+    """How many devices of a kind work is spread over: GPUs (all, or at most ``wanted``), otherwise one."""
+    if device != "cuda":
+        return 1
+    import torch
+
+    return max(min(wanted or torch.cuda.device_count(), torch.cuda.device_count()), 1)
+
+
+def own_device(device: str, count: int) -> str:
+    """The device of this process: a worker of a cluster takes the GPU that its number falls to, ``cuda:1`` for
+    example; any other process, and any other kind of device, what it was given."""
+    if device != "cuda" or count < 2:
+        return device
+    from distributed import get_worker
+
+    try:
+        name = get_worker().name
+    except ValueError:  # no worker of a cluster
+        return device
+    return f"{device}:{int(name) % count}" if str(name).isdigit() else device

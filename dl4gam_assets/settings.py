@@ -424,12 +424,53 @@ class TrainingSettings(_Strict):
     batch_size: int = Field(16, ge=1)
     epochs: int = Field(30, ge=1)
     learning_rate: float = Field(1e-4, gt=0)
-    schedule: Literal["constant", "one_cycle"] = "constant"
-    loss: Literal["focal", "bce", "dice"] = "focal"
-    focal_gamma: float = 2.0
-    focal_alpha: float | None = 0.25
+    optimizer: Literal["adam", "adamw"] = "adam"
+    weight_decay: float = Field(0.0, ge=0, description="Of the optimizer; the published training has none.")
+    schedule: Literal["constant", "one_cycle", "cosine"] = Field(
+        "constant",
+        description="Of the learning rate. 'one_cycle': up from 1/25 over 30 % of the steps, then down to 1/2500; "
+        "'cosine': from the full rate down to zero.",
+    )
+    warmup_share: float = Field(
+        0.0, ge=0, lt=1, description="'constant' and 'cosine': share of the steps in which the rate rises from zero."
+    )
+    early_stopping: int | None = Field(
+        None, ge=1, description="Stop after so many epochs without a better validation IoU. null: train all epochs."
+    )
+    loss: Literal["focal", "bce", "dice", "jaccard", "bce_dice"] = Field(
+        "focal", description="Counted on usable pixels only. 'bce_dice' is the sum of both."
+    )
+    focal_gamma: float = Field(2.0, ge=0)
+    focal_alpha: float | None = Field(0.25, gt=0, lt=1, description="Weight of glacier pixels; null: none.")
     augmentation: bool = Field(False, description="The 8 symmetries, with aspect and curvature treated right.")
+    diversity: Literal["deep_ensemble", "bootstrap"] = Field(
+        "deep_ensemble",
+        description="What makes members differ. 'deep_ensemble' (published): initial weights, order and choice of "
+        "patches. 'bootstrap': also the glaciers, drawn with replacement for each member.",
+    )
+    precision: Literal["fp32", "bf16", "auto"] = Field(
+        "auto", description="'bf16': mixed precision. 'auto': bf16 where the hardware is fast with it, else fp32."
+    )
+    deterministic: bool = Field(
+        True, description="On a GPU: only algorithms that give the same bits every time, at some cost of speed."
+    )
+    min_members: int | None = Field(
+        None,
+        ge=1,
+        description="An ensemble goes on without members that diverged as long as so many are left. null: all "
+        "members are needed.",
+    )
     seed: int = 0
+
+    def of_a_member(self) -> dict[str, Any]:
+        """What shapes a single member, as plain data."""
+        return self.model_dump(mode="json", exclude={"members", "min_members"})
+
+    @model_validator(mode="after")
+    def _enough_members(self) -> TrainingSettings:
+        if self.min_members is not None and self.min_members > self.members:
+            raise ValueError(f"min_members ({self.min_members}) must not be above members ({self.members})")
+        return self
 
 
 class InferenceSettings(_Strict):
@@ -508,6 +549,48 @@ class CalibrationSettings(_Strict):
         description="With fewer validation glaciers the regression of tau is replaced by one regional quantile.",
     )
     ece_bins: int = 40
+    intervals: Literal["published", "conformal"] = Field(
+        "published",
+        description="Which tau makes the interval of an area. 'published': quantile regression on four features. "
+        "'conformal': the rank of the covering taus of validation glaciers of the same size and debris class, which "
+        "keeps its coverage with any number of them. Both are in the table `taus` (docs/validation.md).",
+    )
+    conformal_size_edges_km2: list[float] = Field(
+        [0.5, 2.0], description="Edges between the size classes of conformal intervals (inventory area)."
+    )
+    conformal_debris_min: float = Field(
+        0.1, gt=0, le=1, description="Debris share of the outline from which a glacier is in the debris-covered class."
+    )
+    conformal_min_glaciers: int = Field(
+        10, ge=3, description="A group with fewer validation glaciers is replaced by a coarser one."
+    )
+    conformal_pool_folds: bool = Field(
+        True,
+        description="Groups with too few validation glaciers in their own fold take those of all folds, each judged by "
+        "models that did not train on it, without the glaciers that the fold tests.",
+    )
+
+
+class AreaSettings(_Strict):
+    """How areas and outlines are measured on the map (docs/areas.md)."""
+
+    pixels: Literal["whole", "fractional"] = Field(
+        "whole",
+        description="'whole': a pixel counts if its centre lies in the outline or its 20 m zone (published). "
+        "'fractional': pixels on an ice divide or on the zone's outer edge count by the share that is covered.",
+    )
+    shared_ground: Literal["each", "once"] = Field(
+        "each",
+        description="Ground inside several outlines of an inventory that overlap: 'each' of the glaciers counts it (as "
+        "published), or it counts 'once', for the first of them in the inventory. Other ground always goes to the "
+        "nearest outline.",
+    )
+    simplify_m: float = Field(
+        0.0,
+        ge=0,
+        description="Outlines lose corners whose triangle is smaller than the square of this length (metres; from 0.8 "
+        "pixels on the steps of pixels go). Lower, best and upper stay nested. 0: outlines follow the pixels.",
+    )
 
 
 class ChangeSettings(_Strict):
@@ -584,6 +667,13 @@ class EvaluationSettings(_Strict):
     )
     reference_layer: str | None = None
     reference_source: str = Field("", description="Citation of the second inventory.")
+    debris_covered_min: float = Field(
+        0.1,
+        gt=0,
+        le=1,
+        description="Share of debris in the outline from which a glacier counts as debris-covered where quality is "
+        "shown apart for debris-covered and clean glaciers. Ours; the published figures are not split.",
+    )
 
 
 class Author(_Strict):
@@ -632,6 +722,15 @@ class ComputeSettings(_Strict):
 
     workers: int = Field(0, ge=0, description="Processes for glacier maps; 0: one for each core.")
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    gpus: int = Field(0, ge=0, description="GPUs that ensemble members are trained on; 0: all there are.")
+    members_at_once: int = Field(
+        0, ge=0, description="Members trained at once on each GPU, or on the CPU. 0: 1 on a GPU, `workers` on the CPU."
+    )
+    training_data: Literal["auto", "mapped", "resident"] = Field(
+        "auto",
+        description="Where the layers lie while training: in memory-mapped files, or whole in the device's memory. "
+        "'auto': on a GPU resident if they take less than half of its free memory.",
+    )
     partitions_per_run: int = Field(
         1,
         ge=1,
@@ -669,6 +768,7 @@ class Region(_Strict):
     inference: InferenceSettings = InferenceSettings()
     baseline: BaselineSettings = BaselineSettings()
     calibration: CalibrationSettings = CalibrationSettings()
+    areas: AreaSettings = AreaSettings()
     change: ChangeSettings = ChangeSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     simulation: SimulationSettings | None = None

@@ -43,7 +43,7 @@ def reliability(probabilities: np.ndarray, labels: np.ndarray, bins: int = 40) -
 
     Returns
     -------
-    DataFrame with confidence, frequency, n_pixels.
+    DataFrame with bin (from 0), confidence, frequency, n_pixels.
     """
     p = np.asarray(probabilities, dtype=np.float64)
     which = np.minimum((p * bins).astype(int), bins - 1)
@@ -51,7 +51,9 @@ def reliability(probabilities: np.ndarray, labels: np.ndarray, bins: int = 40) -
     kept = n > 0
     confidence = np.bincount(which, weights=p, minlength=bins)[kept] / n[kept]
     frequency = np.bincount(which, weights=np.asarray(labels, dtype=np.float64), minlength=bins)[kept] / n[kept]
-    return pd.DataFrame({"confidence": confidence, "frequency": frequency, "n_pixels": n[kept]})
+    return pd.DataFrame(
+        {"bin": np.flatnonzero(kept), "confidence": confidence, "frequency": frequency, "n_pixels": n[kept]}
+    )
 
 
 def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 40) -> float:

@@ -91,6 +91,38 @@ VIEWS: dict[str, tuple[str, str]] = {
         ORDER BY t.glacier_id
         """,
     ),
+    "evaluation_by_class": (
+        "Held-out quality over all folds: all glaciers, by size class, and debris-covered and clean glaciers apart. "
+        "iou, precision, recall and f1 come from summed pixels; weighted_ ones are means over glaciers weighted by "
+        "inventory area, mean_ ones plain means over glaciers. Never compare figures of different scopes.",
+        """
+        WITH judged AS (SELECT *, inventory_area_km2 AS weight FROM evaluation WHERE role = 'test' AND n_pixels > 0),
+        named AS (
+            SELECT 0 AS place, 'all' AS grouping, 'all' AS "group", * FROM judged
+            UNION ALL SELECT 1, 'size_class', size_class, * FROM judged WHERE size_class IS NOT NULL
+            UNION ALL SELECT 2, 'debris', CASE WHEN debris_covered THEN 'debris-covered' ELSE 'clean' END, *
+                      FROM judged WHERE debris_covered IS NOT NULL
+        )
+        SELECT method, scope, grouping, "group", count(DISTINCT glacier_id) AS n_glaciers,
+               sum(n_pixels)::BIGINT AS n_pixels, sum(true_positive)::BIGINT AS true_positive,
+               sum(false_positive)::BIGINT AS false_positive, sum(false_negative)::BIGINT AS false_negative,
+               CASE WHEN count(iou) > 0 THEN sum(true_positive)
+                   / nullif(sum(true_positive + false_positive + false_negative), 0) END AS iou,
+               CASE WHEN count(precision) > 0 THEN sum(true_positive)
+                   / nullif(sum(true_positive + false_positive), 0) END AS precision,
+               sum(true_positive) / nullif(sum(true_positive + false_negative), 0) AS recall,
+               CASE WHEN count(f1) > 0 THEN sum(2 * true_positive)
+                   / nullif(sum(2 * true_positive + false_positive + false_negative), 0) END AS f1,
+               sum(iou * weight) / sum(weight) FILTER (iou IS NOT NULL) AS weighted_iou,
+               sum(precision * weight) / sum(weight) FILTER (precision IS NOT NULL) AS weighted_precision,
+               sum(recall * weight) / sum(weight) FILTER (recall IS NOT NULL) AS weighted_recall,
+               sum(f1 * weight) / sum(weight) FILTER (f1 IS NOT NULL) AS weighted_f1,
+               avg(iou) AS mean_iou, avg(precision) AS mean_precision, avg(recall) AS mean_recall, avg(f1) AS mean_f1
+        FROM named
+        GROUP BY method, scope, place, grouping, "group"
+        ORDER BY method, scope, place, min(weight), "group"
+        """,
+    ),
     "changes_by_country": (
         "Totals by country, year and method.",
         """

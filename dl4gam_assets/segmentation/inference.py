@@ -90,10 +90,11 @@ def member_logits(
         with torch.inference_mode(), torch.autocast(device.split(":")[0], dtype=torch.bfloat16, enabled=low):
             if settings.mode == "stride":
                 return _stride(model, x, settings, centres)
+            found: np.ndarray = window_logits(model, x, settings).cpu().numpy()
             if x.shape[1:] == stack.shape[1:]:
-                return _windows(model, x, settings)
+                return found
             out = np.full(stack.shape[1:], np.nan, dtype=np.float32)
-            out[box] = _windows(model, x, settings)
+            out[box] = found
             return out
 
     return (one(model) for model in models)
@@ -138,7 +139,9 @@ def _up(size: int) -> int:
     return -(-size // _MULTIPLE) * _MULTIPLE
 
 
-def _windows(model: torch.nn.Module, x: torch.Tensor, settings: InferenceSettings) -> np.ndarray:
+def window_logits(model: torch.nn.Module, x: torch.Tensor, settings: InferenceSettings) -> torch.Tensor:
+    """Logits (H, W) float32 of one model over normalized channels (C, H, W), whole or in blended windows; all on the
+    device of ``x``, in the precision that the caller set (mode ``windows``, see :func:`member_logits`)."""
     height, width = x.shape[1:]
     rows = _spans(height, settings.window_px, settings.overlap_px)
     columns = _spans(width, settings.window_px, settings.overlap_px)
@@ -161,8 +164,7 @@ def _windows(model: torch.nn.Module, x: torch.Tensor, settings: InferenceSetting
             for (i, j), place, logits in zip(chosen, where, found, strict=True):
                 weight = down[i][:, None] * across[j]
                 total[place] += logits[: weight.shape[0], : weight.shape[1]] * weight
-    out: np.ndarray = total.cpu().numpy()
-    return out
+    return total
 
 
 def _spans(length: int, size: int, overlap: int) -> list[tuple[int, int]]:

@@ -13,14 +13,20 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dl4gam_assets.compute import Mapper
 from dl4gam_assets.cubes import channel_stack, cube_mask, open_cube
 from dl4gam_assets.cubes.files import SCALED
+
+if TYPE_CHECKING:
+    from upath import UPath
 
 #: The integer of a missing value.
 MISSING = np.int16(-32768)
@@ -66,6 +72,11 @@ class Packed:
         """This glacier."""
         return self._mask("glacier")
 
+    @staticmethod
+    def bit(name: str) -> int:
+        """Value of a mask's bit: ``valid``, ``any_glacier``, ``zone_50`` or ``glacier``."""
+        return _BITS[name]
+
     def _mask(self, name: str) -> np.ndarray:
         found: np.ndarray = (self.bits & np.uint8(_BITS[name])) != 0
         return found
@@ -102,6 +113,11 @@ class PackedCubes:
     def ids(self) -> list[str]:
         return sorted(self._entries)
 
+    def size_bytes(self, ids: Sequence[str]) -> int:
+        """Bytes of the layers of these glaciers."""
+        entries = (self._entry(g) for g in ids)
+        return sum(e["height"] * e["width"] for e in entries) * (2 * len(self.channels) + 1)
+
     def checksum(self, glacier_id: str) -> int:
         """Checksum of a glacier's layers, made while packing."""
         return self._entry(glacier_id)["checksum"]
@@ -132,41 +148,99 @@ class PackedCubes:
         return self._entries[glacier_id]
 
 
-def pack_cubes(cubes: Mapping[str, Path], channels: Sequence[str], folder: Path) -> PackedCubes:
+def pack_cubes(
+    cubes: Mapping[str, Path | UPath],
+    channels: Sequence[str],
+    folder: Path,
+    *,
+    mapper: Mapper | None = None,
+    reading: Callable[[Any], AbstractContextManager[Path]] = nullcontext,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> PackedCubes:
     """Write the channels and masks of cubes into ``folder`` (made anew) and open it.
 
-    The folder is made beside its final place and moved there when it is complete.
+    The folder is made beside its final place and moved there when it is complete, so another process that packs the
+    same cubes at the same time does no harm.
+
+    Parameters
+    ----------
+    cubes : files by glacier id
+    channels : names of the C channels
+    folder : where to write; its parent must be visible to all processes of ``mapper``
+    mapper : spreads glaciers over processes; this process alone without one
+    reading : gives a local path of a file of ``cubes`` (``Storage.reading`` for those in an object store)
+    progress : called with (done, total, seconds)
 
     Raises
     ------
     ValueError
-        if there are no cubes.
+        if there are no cubes, or some can not be read: all of them are named, for a training set that silently lacks
+        glaciers is another one.
     """
     if not cubes:
         raise ValueError("there are no cubes to train on")
     temporary = folder.with_name(f".tmp-{os.getpid()}-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    steps = np.array([channel_step(c) for c in channels], dtype=np.float32)[:, None, None]
     entries: dict[str, dict[str, int]] = {}
-    start = 0
-    with open(temporary / "channels.bin", "wb") as values, open(temporary / "masks.bin", "wb") as bits:
-        for glacier_id, path in sorted(cubes.items()):
-            with open_cube(path) as cube:
-                stack, valid = channel_stack(cube, channels)
-                masks = {"valid": valid} | {name: cube_mask(cube, name) for name in _BITS if name != "valid"}
-            packed = sum(masks[name] * np.uint8(bit) for name, bit in _BITS.items()).astype(np.uint8)  # type: ignore[union-attr]
-            digits = np.clip(np.rint(np.nan_to_num(stack) / steps), -32767, 32767).astype(np.int16)
-            digits[~np.isfinite(stack)] = MISSING
-            digits.tofile(values)
-            packed.tofile(bits)
-            entries[glacier_id] = {
-                "height": packed.shape[0], "width": packed.shape[1], "start": start,
-                "checksum": zlib.crc32(packed.tobytes(), zlib.crc32(digits.tobytes())),
-            }  # fmt: skip
-            start += packed.size
+    start, sizes = 0, {}
+    bad: dict[str, str] = {}
+    for glacier_id, path in sorted(cubes.items()):
+        try:
+            with reading(path) as local, open_cube(local) as cube:
+                sizes[glacier_id] = (cube.sizes["y"], cube.sizes["x"])
+        except (OSError, ValueError, KeyError) as error:
+            bad[glacier_id] = str(error)
+    for glacier_id, (height, width) in sizes.items():
+        entries[glacier_id] = {"height": height, "width": width, "start": start}
+        start += height * width
+    for name, size in (("channels.bin", start * len(channels) * 2), ("masks.bin", start)):
+        with open(temporary / name, "wb") as empty:
+            empty.truncate(size)
+    tasks = [(g, (cubes[g], list(channels), temporary, entries[g], reading)) for g in sizes]
+    for done in (mapper or Mapper(1)).map(_pack_one, tasks, progress=progress):
+        if done.ok:
+            entries[done.key]["checksum"] = done.value
+        else:
+            bad[done.key] = str(done.error)
+    if bad:
+        shutil.rmtree(temporary, ignore_errors=True)
+        told = "; ".join(f"{g} ({cubes[g]}): {' '.join(e.split())[:200]}" for g, e in sorted(bad.items())[:5])
+        raise ValueError(
+            f"{len(bad)} of {len(cubes)} glacier cubes can not be read; delete them and materialize glacier_cubes "
+            f"again: {told}"
+        )
     index = {"format": _FORMAT, "channels": list(channels), "glaciers": entries}
     (temporary / "packed.json").write_text(json.dumps(index), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    try:
+        os.replace(temporary, folder)
+    except OSError:  # another process was faster with the same
+        shutil.rmtree(temporary, ignore_errors=True)
     return PackedCubes.open(folder)
+
+
+def _pack_one(
+    path: Any, channels: list[str], folder: Path, entry: Mapping[str, int],
+    reading: Callable[[Any], AbstractContextManager[Path]],
+) -> int:  # fmt: skip
+    """Write one glacier's layers at their place in the files; returns their checksum."""
+    steps = np.array([channel_step(c) for c in channels], dtype=np.float32)[:, None, None]
+    with reading(path) as local, open_cube(local) as cube:
+        stack, valid = channel_stack(cube, channels)
+        masks = {"valid": valid} | {name: cube_mask(cube, name) for name in _BITS if name != "valid"}
+    bits = np.zeros(valid.shape, dtype=np.uint8)
+    for name, bit in _BITS.items():
+        bits[masks[name]] |= np.uint8(bit)
+    if bits.shape != (entry["height"], entry["width"]):
+        raise ValueError(f"the cube changed while it was packed: {bits.shape}")
+    missing = ~np.isfinite(stack)
+    np.nan_to_num(stack, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
+    digits = np.clip(np.rint(np.divide(stack, steps, out=stack), out=stack), -32767, 32767).astype(np.int16)
+    digits[missing] = MISSING
+    start = entry["start"]
+    for name, array in (("channels.bin", digits), ("masks.bin", bits)):
+        with open(folder / name, "r+b") as out:
+            out.seek(start * (array.nbytes // bits.size))
+            array.tofile(out)
+    return zlib.crc32(bits.tobytes(), zlib.crc32(digits.tobytes()))

@@ -68,16 +68,22 @@ def draw_patches(packed: PackedCubes, ids: Sequence[str], training: TrainingSett
 
     One random centre of each glacier, then uniformly from all others until ``train_patches``; where there are fewer
     centres than that, all of them, and with more glaciers than that, one of each.
+
+    With ``diversity: bootstrap`` as many glaciers as there are, drawn with replacement, take the place of the glaciers:
+    one that was drawn twice counts twice, and about 37 % of them are left out of this member.
     """
     rng = np.random.default_rng([seed, 0])
     centres = []
     for number, glacier_id in enumerate(ids):
         layers = packed.glacier(glacier_id)
         found = patch_centres(layers.zone, layers.glacier, training.train_step_px, extremes=True)
-        centres.append(np.column_stack([np.full(len(found), number), found]))
+        if len(found):
+            centres.append(np.column_stack([np.full(len(found), number), found]))
+    if training.diversity == "bootstrap" and centres:
+        centres = [centres[k] for k in np.sort(rng.integers(len(centres), size=len(centres)))]
     everything = np.concatenate(centres) if centres else np.empty((0, 3), dtype=int)
     starts = np.cumsum([0, *[len(c) for c in centres]])
-    must = [int(starts[i] + rng.integers(len(c))) for i, c in enumerate(centres) if len(c)]
+    must = [int(starts[i] + rng.integers(len(c))) for i, c in enumerate(centres)]
     rest = np.setdiff1d(np.arange(len(everything)), must)
     more = rng.permutation(rest)[: max(training.train_patches - len(must), 0)]
     picked: np.ndarray = everything[np.concatenate([must, more]).astype(int)]
@@ -105,31 +111,28 @@ class Normalizer:
 
 
 def cut_batch(
-    glaciers: Sequence[Packed], chosen: np.ndarray, training: TrainingSettings, channels: Sequence[str],
-    rng: np.random.Generator,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Patches of ``patch_px`` around the centres ``chosen`` (see :func:`draw_patches`), augmented if so set.
+    glaciers: Sequence[Packed], chosen: np.ndarray, turns: np.ndarray, size: int, channels: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Patches of ``size`` pixels around the centres ``chosen`` (see :func:`draw_patches`), each in one of the 8
+    symmetries ``turns`` (see :func:`symmetry`).
 
     A patch over the edge of a grid is moved inside; a grid smaller than a patch is padded with invalid pixels.
 
     Returns
     -------
-    channels int16 (B, C, P, P), target and valid uint8 (B, 1, P, P)
+    channels int16 (B, C, P, P), ``MISSING`` where missing, and mask bits uint8 (B, P, P)
     """
-    size = training.patch_px
     x = np.full((len(chosen), len(channels), size, size), MISSING, dtype=np.int16)
-    y = np.zeros((len(chosen), 1, size, size), dtype=np.uint8)
-    w = np.zeros((len(chosen), 1, size, size), dtype=np.uint8)
+    bits = np.zeros((len(chosen), size, size), dtype=np.uint8)
     for k, (number, row, col) in enumerate(chosen):
         layers = glaciers[number]
         top, left = patch_corner(row, col, layers.bits.shape, size)
         cut = layers.window(slice(top, top + size), slice(left, left + size))
-        patch, target, valid = cut.channels, cut.target, cut.valid
-        if training.augmentation:
-            patch, target, valid = symmetry(patch, target, valid, channels, int(rng.integers(8)))
-        a, b = valid.shape
-        x[k, :, :a, :b], y[k, 0, :a, :b], w[k, 0, :a, :b] = patch, target, valid
-    return torch.from_numpy(x), torch.from_numpy(y), torch.from_numpy(w)
+        a, b = cut.bits.shape
+        x[k, :, :a, :b], bits[k, :a, :b] = cut.channels, cut.bits
+        if turns[k]:
+            x[k], bits[k], _ = symmetry(x[k], bits[k], bits[k], channels, int(turns[k]))
+    return x, bits
 
 
 def symmetry(

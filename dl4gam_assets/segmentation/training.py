@@ -1,7 +1,8 @@
 """Training one ensemble member.
 
-Belongs here: the loop, validation, resuming. Does not belong here: patches (``sampling``), which glaciers train
-(``inventory``), storage of finished members (``files``).
+Belongs here: the loop, its device and precision (Lightning Fabric), resuming. Does not belong here: patches
+(``sampling``, ``batches``), the score of an epoch (``validation``), which glaciers train (``inventory``), storage of
+finished members (``files``).
 
 Randomness is a function of (seed, epoch) alone, so a training that was killed goes on from its last epoch with the same
 result as one that was not.
@@ -9,13 +10,16 @@ result as one that was not.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import logging
 import math
 import os
+import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +29,19 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from dl4gam_assets.segmentation.inference import predict_logits
+from dl4gam_assets.segmentation.batches import PatchSource, batches, patch_source
+from dl4gam_assets.segmentation.inference import low_precision
 from dl4gam_assets.segmentation.losses import masked_loss
 from dl4gam_assets.segmentation.model import build_model, channels_last
 from dl4gam_assets.segmentation.packing import PackedCubes
-from dl4gam_assets.segmentation.sampling import Normalizer, cut_batch, draw_patches, patch_centres, patch_cover
+from dl4gam_assets.segmentation.sampling import Normalizer, draw_patches
+from dl4gam_assets.segmentation.validation import Validation
 from dl4gam_assets.settings import InferenceSettings, ModelSettings, TrainingSettings, fingerprint
 
 log = logging.getLogger(__name__)
-_STATE_FORMAT = 3
+_STATE_FORMAT = 4
+#: Columns of a history that differ between two equal trainings.
+MEASURED = ("seconds", "patches_per_second", "data_wait_share", "peak_memory_mb")
 
 
 class TrainingError(RuntimeError):
@@ -42,7 +50,12 @@ class TrainingError(RuntimeError):
 
 @dataclass
 class TrainedMember:
-    """A finished member: the weights of its best epoch and its history."""
+    """A finished member: the weights of its best epoch and its history.
+
+    ``history`` has a row an epoch: train_loss, validation_loss, validation_iou, learning_rate (the last of the epoch),
+    seconds, patches_per_second and data_wait_share of the training steps (the share of their time in which they wait
+    for data), peak_memory_mb (of the device, or on a CPU of the process). ``engine`` says what it was trained with.
+    """
 
     state: dict[str, torch.Tensor]
     history: pd.DataFrame
@@ -51,6 +64,7 @@ class TrainedMember:
     train_patches: int
     parameters: int
     seed: int
+    engine: dict[str, Any] = field(default_factory=dict)
 
 
 def train_member(
@@ -66,6 +80,7 @@ def train_member(
     work_dir: Path,
     progress: Callable[[dict[str, Any]], None] | None = None,
     threads: int | None = None,
+    data: str = "auto",
 ) -> TrainedMember:
     """Train a member, or go on where ``work_dir`` stopped.
 
@@ -80,15 +95,18 @@ def train_member(
     train_ids, valid_ids : glaciers of the fold
     statistics : normalization of the fold
     seed : decides initial weights, patches, order and augmentation
-    device : torch device name
+    device : torch device name: ``cpu``, ``mps``, ``cuda`` or ``cuda:1``
     work_dir : folder of the training's state; a finished training may delete it
     progress : called with the history row of each epoch
     threads : torch threads of this process
+    data : ``mapped``, ``resident`` or ``auto`` (see ``batches.patch_source``); never changes the result
 
     Raises
     ------
     TrainingError
         if the loss is not finite, or the fold has no patches.
+    MemoryError
+        if the device's memory does not suffice; the message says which setting to lower.
 
     Notes
     -----
@@ -103,41 +121,40 @@ def train_member(
     patches = draw_patches(packed, train_ids, training, seed)
     if not len(patches):
         raise TrainingError("the training glaciers have no patch centres: are their outlines on their grids?")
+    low = low_precision(InferenceSettings(precision=training.precision), device)
     identity = fingerprint(
-        [_STATE_FORMAT, seed, model_settings.model_dump(), training.model_dump(exclude={"members"}),
+        [_STATE_FORMAT, seed, low, model_settings.model_dump(), training.of_a_member(),
          *({g: packed.checksum(g) for g in ids} for ids in (train_ids, valid_ids)),
          statistics[["channel", "mean", "std", "standardized"]].to_dict("list")]
     )  # fmt: skip
     cuda = [torch.device(device)] if device.startswith("cuda") else []
-    with (
-        torch.random.fork_rng(devices=cuda),
-        torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True),
-    ):
+    with torch.random.fork_rng(devices=cuda), _algorithms(device, training.deterministic), _memory_advice(device):
         torch.manual_seed(seed)
-        model = channels_last(build_model(model_settings).to(device))
-        optimizer = torch.optim.Adam(model.parameters(), lr=training.learning_rate)
-        history, best = _resume(work_dir, identity, model, optimizer)
+        bare = channels_last(build_model(model_settings))
+        initial = weights_sha256(bare.state_dict())
+        optimizer = _optimizer(bare, training)
+        fabric = _fabric(device, low)
+        model, stepper = fabric.setup(bare, optimizer)
+        history, best = _resume(work_dir, identity, bare, optimizer)
         normalizer = Normalizer.of(packed, statistics, device)
+        source = patch_source(packed, train_ids, training.patch_px, device, data)
+        validation = Validation(packed, valid_ids, training, device)
         for epoch in range(len(history) + 1, training.epochs + 1):
+            if _stopped(history, best, training):
+                break
             start = time.perf_counter()
-            train_loss, rate = _train_epoch(
-                packed, train_ids, patches, normalizer, model, optimizer, training, seed, epoch, device
+            row = {"epoch": epoch} | _train_epoch(
+                fabric, model, stepper, source, patches, normalizer, training, seed, epoch, device
             )
-            validation_loss, iou = _validate(packed, valid_ids, normalizer, model, training, device)
-            row = {
-                "epoch": epoch,
-                "train_loss": train_loss,
-                "validation_loss": validation_loss,
-                "validation_iou": iou,
-                "learning_rate": rate,
-                "seconds": time.perf_counter() - start,
-            }
+            row |= validation.scores(bare, normalizer, training, low)
+            row |= {"seconds": time.perf_counter() - start, "peak_memory_mb": _peak_memory_mb(device)}
             history.append(row)
+            iou = row["validation_iou"]
             # Where nothing can be validated the last epoch is kept.
             if best is None or math.isnan(iou) or iou > best["validation_iou"]:
                 best = {"epoch": epoch, "validation_iou": iou}
-                best["state"] = {k: v.detach().cpu().clone().contiguous() for k, v in model.state_dict().items()}
-            _save_state(work_dir, identity, model, optimizer, history, best)
+                best["state"] = {k: v.detach().cpu().clone().contiguous() for k, v in bare.state_dict().items()}
+            _save_state(work_dir, identity, bare, optimizer, history, best)
             if progress:
                 progress(row)
     assert best is not None
@@ -147,85 +164,167 @@ def train_member(
         best_epoch=int(best["epoch"]),
         validation_iou=float(best["validation_iou"]),
         train_patches=len(patches),
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=sum(p.numel() for p in bare.parameters()),
         seed=seed,
+        engine={
+            "device": _device_name(device),
+            "precision": "bf16-mixed" if low else "fp32",
+            "training_data": source.kind,
+            "torch": torch.__version__,
+            "encoder_weights": model_settings.encoder_weights or "none (random)",
+            "initial_sha256": initial,
+        },
     )
 
 
+def weights_sha256(state: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of names and values of weights: tells what a network started from, whatever file that came from."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+# --------------------------------------------------------------------------------------------- the engine
+def _fabric(device: str, low: bool) -> Any:
+    from lightning_fabric import Fabric
+    from lightning_fabric.plugins.environments import LightningEnvironment
+
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces its precision for each member
+    kind, _, index = device.partition(":")
+    # The plain environment: members are independent, so that a cluster's job variables must not make them ranks.
+    return Fabric(
+        accelerator=kind,
+        devices=[int(index or 0)] if kind == "cuda" else 1,
+        precision="bf16-mixed" if low else "32-true",
+        plugins=[LightningEnvironment()],
+    )
+
+
+def _optimizer(model: torch.nn.Module, training: TrainingSettings) -> torch.optim.Optimizer:
+    kind = torch.optim.AdamW if training.optimizer == "adamw" else torch.optim.Adam
+    return kind(model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay)
+
+
+@contextlib.contextmanager
+def _algorithms(device: str, deterministic: bool) -> Iterator[None]:
+    """Deterministic algorithms on an accelerator while training; the caller's choice comes back."""
+    if device == "cpu":  # its algorithms are deterministic as they are
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if deterministic:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=not deterministic, deterministic=deterministic):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@contextlib.contextmanager
+def _memory_advice(device: str) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(
+            f"the memory of {device} does not suffice: lower training.batch_size or compute.members_at_once, or set "
+            f"compute.training_data to 'mapped' ({' '.join(str(error).split())[:200]})"
+        ) from error
+
+
+def _device_name(device: str) -> str:
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.startswith("cuda") else device
+
+
+def _peak_memory_mb(device: str) -> float:
+    if device.startswith("cuda"):
+        return float(torch.cuda.max_memory_allocated(device) / 2**20)
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return math.nan
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(peak / (2**20 if sys.platform == "darwin" else 2**10))
+
+
+# --------------------------------------------------------------------------------------------- an epoch
 def _train_epoch(
-    packed: PackedCubes, ids: Sequence[str], patches: np.ndarray, normalizer: Normalizer, model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer, training: TrainingSettings, seed: int, epoch: int, device: str,
-) -> tuple[float, float]:  # fmt: skip
-    """One pass over the patches; returns the mean loss and the last learning rate."""
+    fabric: Any, model: Any, optimizer: Any, source: PatchSource, patches: np.ndarray, normalizer: Normalizer,
+    training: TrainingSettings, seed: int, epoch: int, device: str,
+) -> dict[str, float]:  # fmt: skip
+    """One pass over the patches: mean loss, last learning rate, patches a second, share of time spent on data."""
     rng = np.random.default_rng([seed, epoch])
     torch.manual_seed(int(rng.integers(2**62)))  # for networks with stochastic layers
-    glaciers = [packed.glacier(g) for g in ids]
-    steps = math.ceil(len(patches) / training.batch_size)
-    model.train()
-    losses = []
-    rate = 0.0
     # Batches of equal size: a small rest would disturb the statistics of batch normalization.
-    for step, order in enumerate(np.array_split(rng.permutation(len(patches)), steps)):
-        rate = learning_rate(training, (epoch - 1) * steps + step, training.epochs * steps)
+    pieces = np.array_split(rng.permutation(len(patches)), math.ceil(len(patches) / training.batch_size))
+    turns = rng.integers(8, size=len(patches)) if training.augmentation else np.zeros(len(patches), dtype=int)
+    total = training.epochs * len(pieces)
+    model.train()
+    losses: list[torch.Tensor] = []
+    rate = waited = 0.0
+    begun = time.perf_counter()
+    stream = batches(source, ((patches[order], turns[order]) for order in pieces), device)
+    for step in range(len(pieces)):
+        start = time.perf_counter()
+        x, target, valid = next(stream)
+        waited += time.perf_counter() - start
+        rate = learning_rate(training, (epoch - 1) * len(pieces) + step, total)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        x, y, w = cut_batch(glaciers, patches[order], training, packed.channels, rng)
-        batch = normalizer(x.to(device)).contiguous(memory_format=torch.channels_last)
-        loss = masked_loss(model(batch), y.to(device), w.to(device), training)
-        if not torch.isfinite(loss):
-            raise TrainingError(
-                f"the loss is {loss.item()} in epoch {epoch}: lower training.learning_rate ({training.learning_rate})"
-            )
+        loss = masked_loss(model(normalizer(x).contiguous(memory_format=torch.channels_last)), target, valid, training)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        fabric.backward(loss)
         optimizer.step()
-        losses.append(float(loss.detach()))
-    return float(np.mean(losses)), rate
+        losses.append(loss.detach())
+        if device == "cpu":  # elsewhere asking would wait for the device at every step
+            _check_finite(losses[-1], epoch, training)
+    mean = torch.stack(losses).cpu().double().mean()
+    _check_finite(mean, epoch, training)
+    seconds = time.perf_counter() - begun
+    return {
+        "train_loss": float(mean),
+        "learning_rate": rate,
+        "patches_per_second": len(patches) / seconds,
+        "data_wait_share": waited / seconds,
+    }
+
+
+def _check_finite(loss: torch.Tensor, epoch: int, training: TrainingSettings) -> None:
+    if not torch.isfinite(loss):
+        raise TrainingError(
+            f"the loss is {loss.item()} in epoch {epoch}: lower training.learning_rate ({training.learning_rate})"
+        )
 
 
 def learning_rate(training: TrainingSettings, step: int, total: int) -> float:
-    """Rate at a step: constant, or one cycle (cosine up over 30% of the steps from 1/25, then down to 1/2500)."""
+    """Rate at a step of ``total``.
+
+    ``constant``; ``cosine``: from the full rate down to zero; both after a linear rise over ``warmup_share``;
+    ``one_cycle``: cosine up over 30% of the steps from 1/25, then down to 1/2500.
+    """
     top = training.learning_rate
+    if training.schedule == "one_cycle":
+        up = max(int(0.3 * total), 1)
+        if step < up:
+            low, high, share = top / 25, top, step / up
+        else:
+            low, high, share = top, top / 2500, (step - up) / max(total - up, 1)
+        return low + (high - low) * (1 - math.cos(math.pi * share)) / 2
+    warm = int(training.warmup_share * total)
+    if step < warm:
+        return top * (step + 1) / (warm + 1)
     if training.schedule == "constant":
         return top
-    up = max(int(0.3 * total), 1)
-    if step < up:
-        low, high, share = top / 25, top, step / up
-    else:
-        low, high, share = top, top / 2500, (step - up) / max(total - up, 1)
-    return low + (high - low) * (1 - math.cos(math.pi * share)) / 2
+    return top * (1 + math.cos(math.pi * (step - warm) / max(total - warm, 1))) / 2
 
 
-def _validate(
-    packed: PackedCubes, ids: Sequence[str], normalizer: Normalizer, model: torch.nn.Module, training: TrainingSettings,
-    device: str,
-) -> tuple[float, float]:  # fmt: skip
-    """Loss and area-weighted IoU over the valid pixels of each glacier's validation patches; NaN where there are none.
-
-    Each glacier is predicted once, in large windows, and a pixel counts as often as patches with centres every
-    ``validation_step_px`` cover it: what predicting those patches one by one gives, but for the networks' view beyond
-    their edges, in a fraction of the time. The surroundings count, so false alarms far from the margin are seen.
-    """
-    model.eval()
-    settings = InferenceSettings()
-    losses, ious, areas = [], [], []
-    for glacier_id in ids:
-        layers = packed.glacier(glacier_id)
-        centres = patch_centres(layers.zone, layers.glacier, training.validation_step_px, extremes=False)
-        weight = patch_cover(centres, layers.bits.shape, training.patch_px) * layers.valid
-        if not weight.any():
-            continue
-        ready = normalizer(torch.from_numpy(np.array(layers.channels)).to(device)).cpu().numpy()
-        logits = predict_logits([model], ready, settings, device)[0]
-        truth, predicted = layers.target, logits >= 0
-        union = int(weight[truth | predicted].sum())
-        ious.append(int(weight[truth & predicted].sum()) / union if union else 1.0)
-        areas.append(max(int(layers.glacier.sum()), 1))
-        flat, labels, counted = (torch.from_numpy(a)[None, None] for a in (logits, truth, weight))
-        losses.append(float(masked_loss(flat, labels, counted, training)))
-    if not ious:
-        return math.nan, math.nan
-    return float(np.mean(losses)), float(np.average(ious, weights=areas))
+def _stopped(history: list[dict[str, Any]], best: dict[str, Any] | None, training: TrainingSettings) -> bool:
+    """Whether so many epochs brought nothing better that the training ends."""
+    patience = training.early_stopping
+    return patience is not None and best is not None and len(history) - int(best["epoch"]) >= patience
 
 
 # --------------------------------------------------------------------------------------------- resuming

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -25,16 +25,66 @@ from dl4gam_assets.stages.base import (
 )
 from dl4gam_assets.tables import TABLES
 
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from dl4gam_assets.change.areas import Shares
+
+#: Raised when the columns or rules of areas and outlines change, so that tables of an older version are made again.
+_VERSION = 2
+
+
+def _shares_of(site: Site, glacier_id: str, cube: xr.Dataset) -> Shares:
+    """What of each pixel counts to the glacier, by the region's settings. Outlines are read only where they matter."""
+    from dl4gam_assets.change import fractional_shares, ground_of, whole_shares
+    from dl4gam_assets.change.areas import pixel_grid
+
+    settings = site.region.areas
+    if settings.pixels == "whole" and settings.shared_ground == "each":
+        return whole_shares(cube)
+    glaciers, debris = (cached_table(site, name) for name in ("glaciers", "debris"))
+    ground = ground_of(glacier_id, glaciers, _zones_of_20_m(site), debris, pixel_grid(cube)[1], settings.shared_ground)
+    return fractional_shares(cube, ground) if settings.pixels == "fractional" else whole_shares(cube, ground)
+
+
+_ZONES: dict[str, tuple[Any, Any]] = {}
+
+
+def _zones_of_20_m(site: Site) -> Any:
+    """The zones of 20 m, picked and indexed once while the table is the same."""
+    zones = cached_table(site, "zones")
+    table, picked = _ZONES.get(site.root, (None, None))
+    if table is not zones:
+        picked = zones[zones["buffer_m"] == 20]
+        _ZONES.clear()
+        _ZONES[site.root] = (zones, picked)
+    return picked
+
+
+def _shares_inputs(ws: Workspace) -> dict[str, Any]:
+    """Fingerprints of what :func:`_shares_of` reads beside the cube."""
+    settings = ws.region.areas
+    used = {"pixels": settings.pixels, "shared_ground": settings.shared_ground, "version": _VERSION}
+    if settings.pixels == "whole" and settings.shared_ground == "each":
+        return used
+    assets = ("inventory_outlines", "glacier_zones", "debris_outlines")
+    return used | {asset: ws.upstream(asset) for asset in assets}
+
 
 def interval_taus(ws: Workspace, fold: int, *, force: bool = False) -> StageResult:
-    """Apply the fold's rule for tau to its test glaciers' predictions in the inventory year."""
-    from dl4gam_assets.ensemble import TauRule
+    """tau of the fold's test glaciers from their maps of the inventory year: published and conformal, side by side.
 
-    baseline = ws.region.years.baseline
+    The column ``tau`` is the one that ``calibration.intervals`` names; areas and outlines of all years use it.
+    """
+    from dl4gam_assets.ensemble import TauRule, conformal_classes, conformal_taus, pooled_validation
+
+    baseline, settings, label = ws.region.years.baseline, ws.region.calibration, fold_label(fold)
+    others = [f for f in range(1, ws.region.folds.n + 1) if f != fold and settings.conformal_pool_folds]
 
     def work() -> tuple[str, dict[str, Any], dict[str, bytes]]:
-        predictions = ws.storage.read_table("predictions", year=baseline, fold=fold)
-        calibration = ws.storage.read_table("calibration", fold=fold)
+        storage = ws.storage
+        predictions = storage.read_table("predictions", year=baseline, fold=fold)
+        calibration = storage.read_table("calibration", fold=fold)
         rule = TauRule.from_json(str(calibration["coefficients"].iloc[0]))
         features = pd.DataFrame(
             {
@@ -44,20 +94,58 @@ def interval_taus(ws: Workspace, fold: int, *, force: bool = False) -> StageResu
                 "aleatoric_std": predictions["aleatoric_std"].to_numpy(dtype=float),
             }
         )
-        taus = pd.DataFrame({"glacier_id": predictions["glacier_id"].to_numpy(), "tau": rule.predict(features)})
-        ws.storage.write_table("taus", taus, {"fold": fold})
+        scores = storage.read_table("calibration_glaciers", fold=[fold, *others])
+        if not (scores["fold"] == fold).any():
+            raise UpstreamError(f"calibration [{label}] was made by an older version: materialize it again")
+        own, pooled = pooled_validation(scores, storage.read_table("folds"), fold, settings.conformal_pool_folds)
+        classes = conformal_classes(storage.read_table("glaciers"), storage.read_table("debris"), settings)
+        taus = conformal_taus(own, pooled, classes, predictions["glacier_id"].tolist(), settings)
+        taus["tau_published"] = rule.predict(features)
+        taus["tau"] = taus[f"tau_{settings.intervals}"]
+        storage.write_table("taus", taus, {"fold": fold})
+        few = taus[taus["conformal_n"] < settings.conformal_min_glaciers]
         metadata = {
             "glaciers": len(taus),
             "median_tau": float(taus["tau"].median()) if len(taus) else None,
+            "intervals": settings.intervals,
             "method": rule.method,
+            "median_tau_published": float(taus["tau_published"].median()) if len(taus) else None,
+            "median_tau_conformal": float(taus["tau_conformal"].median()) if len(taus) else None,
+            "conformal_groups": _groups_of(taus),
+            "conformal_from_few_glaciers": len(few),
         }
         return frame_fingerprint(taus), metadata, {}
 
     inputs = {
         "predictions": ws.upstream("glacier_predictions", year_fold_label(baseline, fold)),
-        "calibration": ws.upstream("calibration", fold_label(fold)),
+        "calibration": ws.upstream("calibration", label),
+        "other_calibrations": {f: ws.upstream_or_none("calibration", fold_label(f)) for f in others},
+        "folds": ws.upstream("cross_validation_folds"),
+        "glaciers": ws.upstream("inventory_outlines"),
+        "debris": ws.upstream_or_none("debris_outlines"),
+        "settings": settings.model_dump(mode="json", include={"intervals", "coverage", *_CONFORMAL}),
     }
-    return run_stage(ws, "interval_taus", fold_label(fold), inputs, work, force=force)
+    return run_stage(ws, "interval_taus", label, inputs, work, force=force)
+
+
+_CONFORMAL = {
+    "conformal_size_edges_km2", "conformal_debris_min", "conformal_min_glaciers", "conformal_pool_folds",
+}  # fmt: skip
+
+
+def _groups_of(taus: pd.DataFrame) -> list[dict[str, Any]]:
+    """The groups behind the conformal taus, for people to look at."""
+    groups = taus.groupby(["conformal_group", "conformal_scope"], sort=True)
+    return [
+        {
+            "group": str(name),
+            "scores_of": str(scope),
+            "validation_glaciers": int(g["conformal_n"].iloc[0]),
+            "tau": round(float(g["tau_conformal"].iloc[0]), 4),
+            "glaciers": len(g),
+        }
+        for (name, scope), g in groups
+    ]
 
 
 def _tau_of(site: Site, glacier_id: str, fold: int) -> float:
@@ -86,7 +174,7 @@ def area_of(site: Site, year: int, fold: int, glacier_id: str) -> dict[str, Any]
         with open_cube(cube_path) as cube:
             row = area_row(
                 prediction["mean"], prediction["std"], cube, _tau_of(site, glacier_id, fold),
-                threshold=site.region.inference.threshold,
+                threshold=site.region.inference.threshold, shares=_shares_of(site, glacier_id, cube),
             )  # fmt: skip
     return row
 
@@ -124,6 +212,8 @@ def glacier_areas(ws: Workspace, year: int, fold: int, *, force: bool = False) -
             "upper_km2": float(areas["upper_km2"].sum()),
             "median_recall": float(areas["recall"].median()) if len(areas) else None,
             "median_relative_std": float((areas["std_km2"] / areas["area_km2"]).median()) if len(areas) else None,
+            "debris_area_km2": float(areas["debris_area_km2"].sum()),
+            "pixels": ws.region.areas.pixels,
         }
         return frame_fingerprint(areas), metadata, {}
 
@@ -131,6 +221,7 @@ def glacier_areas(ws: Workspace, year: int, fold: int, *, force: bool = False) -
         "predictions": ws.upstream("glacier_predictions", label),
         "taus": ws.upstream("interval_taus", fold_label(fold)),
         "threshold": ws.region.inference.threshold,
+        "areas": _shares_inputs(ws),
     }
     return run_stage(ws, "glacier_areas", label, inputs, work, force=force)
 
@@ -216,12 +307,14 @@ def outlines_of(site: Site, year: int, fold: int, glacier_id: str) -> Any:
             return extract_outlines(
                 prediction["mean"], prediction["std"], cube, _tau_of(site, glacier_id, fold),
                 threshold=site.region.inference.threshold, sieve_px=site.region.change.sieve_px,
+                shares=_shares_of(site, glacier_id, cube), simplify_m=site.region.areas.simplify_m,
             )  # fmt: skip
 
 
 def glacier_outlines(ws: Workspace, year: int, *, force: bool = False) -> StageResult:
     """Polygons of the year's maps: best, lower, upper."""
     import geopandas as gpd
+    import shapely
 
     folds = range(1, ws.region.folds.n + 1)
     label = str(year)
@@ -241,6 +334,7 @@ def glacier_outlines(ws: Workspace, year: int, *, force: bool = False) -> StageR
         metadata = {
             "glaciers": int(best["glacier_id"].nunique()),
             "area_km2": float(best["area_km2"].sum()),
+            "corners": int(shapely.get_num_coordinates(outlines.geometry.array).sum()),
             "failed_glaciers": len(failures),
         }
         pictures = {"outlines": previews.outlines_map(best, title=f"{year}")} if len(best) else {}
@@ -251,6 +345,8 @@ def glacier_outlines(ws: Workspace, year: int, *, force: bool = False) -> StageR
         "taus": {f: ws.upstream_or_none("interval_taus", fold_label(f)) for f in folds},
         "sieve": ws.region.change.sieve_px,
         "threshold": ws.region.inference.threshold,
+        "areas": _shares_inputs(ws),
+        "simplify_m": ws.region.areas.simplify_m,
     }
     return run_stage(ws, "glacier_outlines", label, inputs, work, force=force)
 

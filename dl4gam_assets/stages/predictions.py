@@ -227,7 +227,8 @@ def evaluation(ws: Workspace, fold: int, *, force: bool = False) -> StageResult:
     reference, layer = ws.region.evaluation.reference, ws.region.evaluation.reference_layer
 
     def work() -> tuple[str, dict[str, Any], dict[str, bytes]]:
-        from dl4gam_assets.change import pooled_scores
+        from dl4gam_assets.change import class_scores, glacier_classes, pooled_scores
+        from dl4gam_assets.change.evaluation import RECALL_ONLY
 
         ids = ws.storage.read_table("predictions", year=baseline, fold=fold)["glacier_id"].tolist()
         stamp = str(inputs["baseline"])
@@ -235,14 +236,23 @@ def evaluation(ws: Workspace, fold: int, *, force: bool = False) -> StageResult:
         values, failures = ws.over_glaciers("evaluation", label, evaluation_of, tasks)
         frames = [f.assign(glacier_id=g, role="test") for g, f in values.items()]
         frame = pd.concat(frames, ignore_index=True) if frames else TABLES["evaluation"].empty().drop(columns="fold")
+        classes = glacier_classes(
+            ws.storage.read_table("glaciers"),
+            ws.storage.read_table("debris") if ws.region.inventory.debris else None,
+            ws.region.change.size_class_edges_km2,
+            ws.region.evaluation.debris_covered_min,
+        )
+        frame = frame.drop(columns=[c for c in classes if c in frame]).join(classes, on="glacier_id")
         ws.storage.write_table("evaluation", frame, {"fold": fold})
-        scores = pooled_scores(ws.storage.read_table("evaluation", fold=fold))
+        judged = ws.storage.read_table("evaluation", fold=fold)
+        scores = pooled_scores(judged)
         metadata: dict[str, Any] = {"glaciers": len(values), "failed_glaciers": len(failures)}
         for row in scores.itertuples():
-            if row.scope != "debris":
-                metadata[f"{row.method}_{row.scope}_iou"] = _finite(row.iou)
+            if row.scope in RECALL_ONLY:
+                metadata[f"{row.method}_{row.scope}_recall"] = _finite(row.recall)
             else:
-                metadata[f"{row.method}_debris_recall"] = _finite(row.recall)
+                metadata[f"{row.method}_{row.scope}_iou"] = _finite(row.iou)
+        metadata["ensemble_by_class"] = _by_class(class_scores(judged))
         if ws.region.evaluation.note:
             metadata["read_this_first"] = ws.region.evaluation.note
         return frame_fingerprint(frame), metadata, {}
@@ -252,9 +262,35 @@ def evaluation(ws: Workspace, fold: int, *, force: bool = False) -> StageResult:
         "baseline": ws.upstream("band_ratio_baseline", label),
         "threshold": ws.region.inference.threshold,
         "note": ws.region.evaluation.note,
+        "classes": {
+            "version": 1,
+            "glaciers": ws.upstream_or_none("inventory_outlines"),
+            "debris": ws.upstream_or_none("debris_outlines"),
+            "edges": ws.region.change.size_class_edges_km2,
+            "debris_covered_min": ws.region.evaluation.debris_covered_min,
+        },
         "reference": None if reference is None else [file_fingerprint(ws.data_root / reference), layer],
     }
     return run_stage(ws, "evaluation", label, inputs, work, force=force)
+
+
+def _by_class(scores: pd.DataFrame) -> list[dict[str, Any]]:
+    """The ensemble's scores by size class and debris, a row a class, for people to look at."""
+    shown = scores[scores["method"] == "ensemble"]
+    rows = []
+    for (grouping, group), part in shown.groupby(["grouping", "group"], sort=False):
+        of_class = part.set_index("scope")
+        row: dict[str, Any] = {"by": grouping, "class": group, "glaciers": int(of_class["n_glaciers"].max())}
+        for name, scope, score in (
+            ("scene IoU", "scene", "iou"), ("scene IoU, by area", "scene", "weighted_iou"),
+            ("scene IoU, mean", "scene", "mean_iou"), ("scene precision", "scene", "precision"),
+            ("scene recall", "scene", "recall"), ("scene F1", "scene", "f1"), ("ring IoU, mean", "ring", "mean_iou"),
+            ("ring F1, mean", "ring", "mean_f1"), ("recall on debris", "debris", "recall"),
+            ("recall on clean ice", "clean_ice", "recall"),
+        ):  # fmt: skip
+            row[name] = _finite(of_class.loc[scope, score]) if scope in of_class.index else None
+        rows.append(row)
+    return rows
 
 
 def _finite(value: Any) -> float | None:

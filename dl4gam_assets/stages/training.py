@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
+import math
 import time
 import zlib
 from collections.abc import Iterator, Mapping
@@ -13,7 +16,7 @@ import numpy as np
 import pandas as pd
 from upath import UPath
 
-from dl4gam_assets.compute import Done, choose_device, default_workers
+from dl4gam_assets.compute import Done, Mapper, choose_device, count_accelerators, default_workers, own_device
 from dl4gam_assets.settings import Region, TrainingSettings, fingerprint
 from dl4gam_assets.stages import previews
 from dl4gam_assets.stages.base import (
@@ -88,6 +91,12 @@ def normalization(ws: Workspace, fold: int, *, force: bool = False) -> StageResu
 
 
 # --------------------------------------------------------------------------------------------- members
+#: Fewer cubes are packed in this process: starting others takes longer.
+_FEW_CUBES = 64
+#: Seconds between two lines about the epochs of the members in training.
+_EPOCH_LINES_S = 30.0
+
+
 def packed_folder(site: Site, stamp: str) -> Path:
     """Folder of the packed training layers of a state of the baseline cubes."""
     if not site.storage.is_local:
@@ -98,13 +107,15 @@ def packed_folder(site: Site, stamp: str) -> Path:
 
 
 def pack(ws: Workspace) -> tuple[Path, str]:
-    """Pack the baseline year's cubes once for all members; returns the folder and its fingerprint."""
+    """Pack the baseline year's cubes once for all members; returns the folder and its fingerprint.
+
+    A store on this machine keeps them; of one in an object store they lie in this machine's temporary folder.
+    """
     import shutil
 
     from dl4gam_assets.segmentation import pack_cubes
 
-    stamp = fingerprint([_baseline_cubes(ws), ws.region.model.channels, ws.region.training.train_step_px,
-                         ws.region.training.validation_step_px, ws.region.training.patch_px])  # fmt: skip
+    stamp = fingerprint([_baseline_cubes(ws), ws.region.model.channels])
     folder = packed_folder(ws.site, stamp)
     if not (folder / "packed.json").exists():
         storage = ws.storage
@@ -113,9 +124,19 @@ def pack(ws: Workspace) -> tuple[Path, str]:
             for old in folder.parent.iterdir():  # layers of earlier cubes are of no use any more
                 shutil.rmtree(old, ignore_errors=True)
         start = time.perf_counter()
-        cubes = {g: Path(str(storage.cube(ws.region.years.baseline, g))) for g in ids}
-        pack_cubes(cubes, ws.region.model.channels, folder)
-        ws.logger.info(f"packed {len(ids)} cubes in {time.perf_counter() - start:.1f} s")
+        cubes = {g: storage.cube(ws.region.years.baseline, g) for g in ids}
+
+        def progress(done: int, total: int, seconds: float) -> None:
+            ws.logger.info(f"packed {done} of {total} cubes, {60 * done / max(seconds, 1e-9):.0f} a minute")
+
+        # Processes of this machine: they write into one file.
+        mapper = ws.mapper if ws.mapper.scheduler is None else Mapper()
+        few = Mapper(1) if len(ids) < _FEW_CUBES else mapper
+        packed = pack_cubes(
+            cubes, ws.region.model.channels, folder, mapper=few, reading=storage.reading, progress=progress
+        )
+        size, seconds = packed.size_bytes(ids) / 2**20, time.perf_counter() - start
+        ws.logger.info(f"packed {len(ids)} cubes, {size:.0f} MiB, in {seconds:.1f} s")
     return folder, stamp
 
 
@@ -136,23 +157,30 @@ def _member_inputs(ws: Workspace, fold: int, member: int, region: Region) -> dic
         "cubes": _baseline_cubes(ws),
         "folds": ws.upstream("cross_validation_folds"),
         "model": region.model.model_dump(mode="json"),
-        "training": region.training.model_dump(mode="json", exclude={"members"}),
+        "training": region.training.of_a_member(),
         "seed": _seed(region.training, fold, member),
     }
+
+
+def work_folder(site: Site, fold: int, member: int, packed: Path) -> Path:
+    """Folder of the state of a training that is not finished."""
+    if site.storage.is_local:
+        return Path(str(site.storage.path("work", f"fold={fold}", f"member={member:02d}")))
+    return packed.parent / f"dl4gam-work-{site.region.name}-{fold}-{member}"
 
 
 def train_one(
     site: Site, fold: int, member: int, packed: str, device: str, threads: int, wanted: str
 ) -> dict[str, Any]:
     """Train one member and store it; goes on from its last epoch after a crash. Runs in a worker process."""
+    import shutil
+
     from dl4gam_assets.segmentation import PackedCubes, save_member, train_member
 
     storage, region = site.storage, site.region
     statistics = storage.read_table("normalization", fold=fold)
-    if storage.is_local:
-        work = Path(str(storage.path("work", f"fold={fold}", f"member={member:02d}")))
-    else:
-        work = Path(packed).parent / f"dl4gam-work-{region.name}-{fold}-{member}"
+    work = work_folder(site, fold, member, Path(packed))
+    device = choose_device(device)
     start = time.perf_counter()
     trained = train_member(
         PackedCubes.open(Path(packed)),
@@ -162,28 +190,34 @@ def train_one(
         region.model,
         region.training,
         seed=_seed(region.training, fold, member),
-        device=choose_device(device),
+        device=own_device(device, count_accelerators(device, region.compute.gpus)),
         work_dir=work,
         threads=threads,
+        data=region.compute.training_data,
     )
     seconds = time.perf_counter() - start
-    sha256 = save_member(
-        storage, storage.model(fold, member), trained, region.model, statistics, {"fingerprint": wanted}
-    )
-    import shutil
-
+    extra = {"fingerprint": wanted, "engine": trained.engine}
+    sha256 = save_member(storage, storage.model(fold, member), trained, region.model, statistics, extra)
     shutil.rmtree(work, ignore_errors=True)
+    history = trained.history
     return {
         "seed": _seed(region.training, fold, member),
         "sha256": sha256,
         "best_epoch": trained.best_epoch,
         "validation_iou": trained.validation_iou,
-        "epochs": len(trained.history),
+        "epochs": len(history),
         "train_patches": trained.train_patches,
         "seconds": seconds,
         "parameters": trained.parameters,
         "fingerprint": wanted,
-        "history": trained.history,
+        "encoder_weights": trained.engine["encoder_weights"],
+        "initial_sha256": trained.engine["initial_sha256"],
+        "device": trained.engine["device"],
+        "precision": trained.engine["precision"],
+        "patches_per_second": float(history["patches_per_second"].median()),
+        "data_wait_share": float(history["data_wait_share"].median()),
+        "peak_memory_mb": float(history["peak_memory_mb"].max()),
+        "history": history,
     }
 
 
@@ -211,6 +245,7 @@ def ensemble_members(
         label = fold_member_label(fold, member)
         state = ws.storage.read_state("ensemble_member", label)
         stored = (ws.storage.model(fold, member) / "model.safetensors").exists()
+        # One that was left out is tried again when it is asked for.
         current = bool(state and state["input"] == fingerprint_now and stored and not force)
         if ws.probe:
             out[key] = StageResult(label, unchanged=current)
@@ -222,17 +257,67 @@ def ensemble_members(
     if ws.probe or not todo:
         return out
     packed, _ = pack(ws)
-    at_once = min(ws.mapper.workers, len(todo)) if choose_device(ws.device) == "cpu" else 1
-    threads = max(default_workers() // max(at_once, 1), 1)
+    mapper, threads = _member_processes(ws, len(todo))
     tasks = [(key, (site, f, m, str(packed), ws.device, threads, now)) for key, (f, m, now) in todo.items()]
 
     def progress(done: int, total: int, seconds: float) -> None:
         ws.logger.info(f"ensemble_member: {done} of {total} members, {seconds / max(done, 1):.0f} s each")
 
-    for done in ws.mapper.map(train_one, tasks, progress=progress):
-        fold, member, now = todo[done.key]
-        out[done.key] = _store_member(ws, fold, member, now, done)
+    with _epoch_lines(ws, site, {(f, m) for f, m, _ in todo.values()}, packed):
+        for done in mapper.map(train_one, tasks, progress=progress):
+            fold, member, now = todo[done.key]
+            out[done.key] = _store_member(ws, fold, member, now, done)
     return out
+
+
+def _member_processes(ws: Workspace, members: int) -> tuple[Mapper, int]:
+    """The processes that train members, and the threads of each: on a CPU they share the cores, on GPUs there are
+    ``compute.members_at_once`` for each."""
+    compute, device = ws.region.compute, choose_device(ws.device)
+    if ws.mapper.scheduler is not None:
+        return ws.mapper, 0
+    if device == "cpu":
+        at_once = min(compute.members_at_once or ws.mapper.workers, members)
+        mapper = ws.mapper if not compute.members_at_once else Mapper(compute.members_at_once)
+        return mapper, max(default_workers() // max(at_once, 1), 1)
+    at_once = (compute.members_at_once or 1) * count_accelerators(device, compute.gpus)
+    return Mapper(at_once), max(default_workers() // at_once, 1)
+
+
+@contextlib.contextmanager
+def _epoch_lines(ws: Workspace, site: Site, members: set[tuple[int, int]], packed: Path) -> Iterator[None]:
+    """Log now and then how far the members in training are, from the states that they leave after each epoch."""
+    import threading
+
+    ended = threading.Event()
+    total = site.region.training.epochs
+
+    def watch() -> None:
+        said: dict[tuple[int, int], int] = {}
+        while not ended.wait(_EPOCH_LINES_S):
+            for fold, member in sorted(members):
+                try:
+                    text = (work_folder(site, fold, member, packed) / "state.json").read_text(encoding="utf-8")
+                    history = json.loads(text)["history"]
+                except (OSError, ValueError, KeyError):
+                    continue  # not begun, finished, or on another machine
+                if said.get((fold, member)) == len(history):
+                    continue
+                said[(fold, member)] = len(history)
+                last = history[-1]
+                ws.logger.info(
+                    f"ensemble_member [{fold_member_label(fold, member)}]: epoch {last['epoch']} of {total}, loss "
+                    f"{last['train_loss']:.4f}, validation IoU {last['validation_iou']:.3f}, "
+                    f"{last['patches_per_second']:.0f} patches a second"
+                )
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join(timeout=10)
 
 
 def _stored_curves(ws: Workspace, fold: int, member: int) -> dict[str, bytes]:
@@ -244,13 +329,16 @@ def _stored_curves(ws: Workspace, fold: int, member: int) -> dict[str, bytes]:
 
 
 def _curves(history: pd.DataFrame, label: str) -> dict[str, bytes]:
-    columns = ["train_loss", "validation_loss", "validation_iou"]
-    return {"training curves": previews.curves(history, "epoch", columns, label)}
+    columns = ["train_loss", "validation_loss", "validation_iou", "learning_rate", "patches_per_second"]
+    shown = [c for c in columns if c in history]  # those of imported members have fewer
+    return {"training curves": previews.curves(history, "epoch", shown, label)}
 
 
 def _store_member(ws: Workspace, fold: int, member: int, wanted: str, done: Done) -> StageResult | Exception:
     label = fold_member_label(fold, member)
     if not done.ok:
+        if done.kind == "TrainingError" and ws.region.training.min_members is not None:
+            return _leave_out(ws, fold, member, wanted, str(done.error))
         return RuntimeError(f"{label}: {done.kind}: {done.error}")
     row = dict(done.value)
     history = row.pop("history")
@@ -262,11 +350,33 @@ def _store_member(ws: Workspace, fold: int, member: int, wanted: str, done: Done
         "patches_per_epoch": row["train_patches"],
         "parameters": row["parameters"],
         "training_seconds": round(row["seconds"], 1),
+        "patches_per_second": round(row["patches_per_second"], 1),
+        "share_of_time_waiting_for_data": round(row["data_wait_share"], 4),
+        "peak_memory_mb": round(row["peak_memory_mb"]) if math.isfinite(row["peak_memory_mb"]) else None,
+        "device": row["device"],
+        "precision": row["precision"],
         "weights_sha256": row["sha256"],
-        "encoder_weights": ws.region.model.encoder_weights or "none (random)",
+        "encoder_weights": row["encoder_weights"],
+        "initial_weights_sha256": row["initial_sha256"],
     }
     ws.finish("ensemble_member", label, wanted, row["sha256"], row["seconds"], metadata=metadata)
     return StageResult(label, metadata, _curves(history, label))
+
+
+def _leave_out(ws: Workspace, fold: int, member: int, wanted: str, reason: str) -> StageResult:
+    """A member that diverged, where the settings let the ensemble go on without it: its earlier weights are removed,
+    and its partition says why it is empty."""
+    label = fold_member_label(fold, member)
+    ws.logger.warning(f"ensemble_member [{label}] is left out of its ensemble: {reason}")
+    for path in (
+        ws.storage.table("members", {"fold": fold, "member": member}),
+        *(ws.storage.model(fold, member) / name for name in ("model.json", "model.safetensors", "history.parquet")),
+    ):
+        if path.exists():
+            path.unlink()
+    metadata = {"left_out": reason}
+    ws.finish("ensemble_member", label, wanted, "left out", 0.0, metadata=metadata, failed=1)
+    return StageResult(label, metadata)
 
 
 # --------------------------------------------------------------------------------------------- ensemble, calibration
@@ -277,19 +387,29 @@ def ensemble(ws: Workspace, fold: int, *, force: bool = False) -> StageResult:
     def work() -> tuple[str, dict[str, Any], dict[str, bytes]]:
         members = ws.storage.read_table("members", fold=fold)
         members = members[members["member"].isin(list(numbers))].sort_values("member")
+        needed = ws.region.training.min_members or len(numbers)
+        if len(members) < needed:
+            raise UpstreamError(
+                f"fold {fold} has {len(members)} of {len(numbers)} members, and {needed} are needed: materialize "
+                "ensemble_member again (with a lower training.learning_rate if they diverged), or lower "
+                "training.min_members"
+            )
         manifest = {
             "fold": fold,
             "members": [{"member": int(r.member), "sha256": str(r.sha256)} for r in members.itertuples()],
         }
         ws.storage.write_json(ws.storage.path("models", f"fold={fold}", "ensemble.json"), manifest)
+        left_out = sorted(set(numbers) - set(members["member"]))
         metadata = {
             "members": len(members),
+            "left_out_members": ", ".join(map(str, left_out)) or None,
             "mean_validation_iou": float(members["validation_iou"].mean()),
             "training_seconds": float(members["seconds"].sum()),
         }
         return fingerprint(manifest), metadata, {}
 
     inputs = {str(m): ws.upstream("ensemble_member", fold_member_label(fold, m)) for m in numbers}
+    inputs["min_members"] = str(ws.region.training.min_members)
     return run_stage(ws, "ensemble", fold_label(fold), inputs, work, force=force)
 
 
@@ -395,7 +515,12 @@ def calibration(ws: Workspace, fold: int, *, force: bool = False) -> StageResult
     inputs = {
         "ensemble": ws.upstream("ensemble", label),
         "cubes": _baseline_cubes(ws),
-        "settings": settings.model_dump(mode="json"),
+        # What belongs to conformal intervals alone is applied in `interval_taus`.
+        "settings": settings.model_dump(
+            mode="json",
+            exclude={name for name in type(settings).model_fields if name.startswith("conformal_")} | {"intervals"},
+        ),
+        "tables": 2,  # raised when the columns change
         "inference": ws.region.inference.model_dump(mode="json"),
     }
 
@@ -422,7 +547,7 @@ def calibration(ws: Workspace, fold: int, *, force: bool = False) -> StageResult
         after, _ = science.aggregate(logits, np.asarray(temperatures))
         ece = [science.expected_calibration_error(p, labels, settings.ece_bins) for p in (before, after)]
 
-        features, taus, truths, intervals = [], [], [], []
+        features, taus, truths, areas, intervals = [], [], [], [], []
         for value in values.values():
             mean, std = science.aggregate(value["logits"], np.asarray(temperatures))
             mean, std, _ = fill_gaps(mean, std, value["valid"], value["zone"], value["dem"], ws.region.inference)
@@ -433,13 +558,24 @@ def calibration(ws: Workspace, fold: int, *, force: bool = False) -> StageResult
                 mean, std, value["allowed"], value["pixel_km2"], truth, settings.tau_step, settings.tau_max
             ))  # fmt: skip
             truths.append(truth)
+            areas.append(area)
             intervals.append((mean, std, value["allowed"], value["pixel_km2"]))
-        table = pd.DataFrame(features)
-        rule = science.fit_tau(table, np.asarray(taus), settings)
-        covered = []
-        for tau, truth, (mean, std, allowed, pixel) in zip(rule.predict(table), truths, intervals, strict=True):
+        rule = science.fit_tau(pd.DataFrame(features), np.asarray(taus), settings)
+        table = pd.DataFrame(features).drop(columns="log_area").assign(
+            glacier_id=list(values),
+            n_pixels=[len(value["sample_labels"]) for value in values.values()],
+            inventory_area_km2=truths,
+            predicted_area_km2=np.asarray(areas, dtype=float),
+            covering_tau=taus,
+            tau=rule.predict(pd.DataFrame(features)),
+        )  # fmt: skip
+        bounds = []
+        for tau, (mean, std, allowed, pixel) in zip(table["tau"], intervals, strict=True):
             lower, upper = science.interval_masks(mean, std, float(tau), allowed)
-            covered.append(lower.sum() * pixel - 1e-9 <= truth <= upper.sum() * pixel + 1e-9)
+            bounds.append((float(lower.sum() * pixel), float(upper.sum() * pixel)))
+        table[["lower_km2", "upper_km2"]] = bounds
+        truth = table["inventory_area_km2"]
+        table["inside"] = (table["lower_km2"] - 1e-9 <= truth) & (truth <= table["upper_km2"] + 1e-9)
         manifest = manifest_of(ws.site, fold)
         frame = pd.DataFrame(
             {
@@ -451,24 +587,33 @@ def calibration(ws: Workspace, fold: int, *, force: bool = False) -> StageResult
                 "method": rule.method,
                 "n_glaciers": len(values),
                 "coefficients": rule.to_json(),
-                "validation_coverage": float(np.mean(covered)),
+                "validation_coverage": float(table["inside"].mean()),
+                "n_pixels": len(labels),
+                "glacier_ids": json.dumps(list(values)),
+                "temperature_at_limit": np.isclose(
+                    np.asarray(temperatures)[:, None], np.asarray(settings.temperature_bounds), atol=1e-3
+                ).any(axis=1),
             }
         )
+        bins = settings.ece_bins
+        diagrams = {name: science.reliability(p, labels, bins) for name, p in ((False, before), (True, after))}
+        diagram = pd.concat([d.assign(calibrated=name) for name, d in diagrams.items()], ignore_index=True)
+        ws.storage.write_table("calibration_glaciers", table, {"fold": fold})
+        ws.storage.write_table("reliability", diagram, {"fold": fold})
         ws.storage.write_table("calibration", frame, {"fold": fold})
         metadata = {
             "validation_glaciers": len(values),
+            "validation_pixels": len(labels),
             "method": rule.method,
             "ece_before": ece[0],
             "ece_after": ece[1],
             "mean_temperature": float(np.mean(temperatures)),
+            "temperatures_at_limit": int(frame["temperature_at_limit"].sum()),
             "median_tau": float(np.median(taus)),
-            "validation_coverage": float(np.mean(covered)),
+            "validation_coverage": float(table["inside"].mean()),
         }
-        bins = settings.ece_bins
-        picture = previews.reliability(
-            science.reliability(before, labels, bins), science.reliability(after, labels, bins), label
-        )
-        return frame_fingerprint(frame), metadata, {"reliability": picture}
+        picture = previews.reliability(diagrams[False], diagrams[True], label)
+        return fingerprint([frame_fingerprint(frame), frame_fingerprint(table)]), metadata, {"reliability": picture}
 
     return run_stage(ws, "calibration", label, inputs, work, force=force)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dl4gam_assets.segmentation import masked_loss
 from dl4gam_assets.settings import TrainingSettings
 
-KINDS = ["focal", "bce", "dice"]
+KINDS = ["focal", "bce", "dice", "jaccard", "bce_dice"]
 
 
 def _data(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

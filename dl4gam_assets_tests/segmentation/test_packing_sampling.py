@@ -12,9 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dl4gam_assets.compute import Mapper, close_clusters
 from dl4gam_assets.cubes import channel_stack, cube_mask, open_cube
 from dl4gam_assets.segmentation import PackedCubes, normalize, pack_cubes, patch_centres, symmetry
-from dl4gam_assets.segmentation.packing import MISSING, channel_step
+from dl4gam_assets.segmentation.batches import batches, patch_source
+from dl4gam_assets.segmentation.packing import MISSING, Packed, channel_step
 from dl4gam_assets.segmentation.sampling import Normalizer, cut_batch, draw_patches, patch_corner, patch_cover
 from dl4gam_assets.settings import PUBLISHED_CHANNELS
 from dl4gam_assets.terrain import terrain_derivatives
@@ -113,15 +115,15 @@ def test_every_glacier_has_a_patch_and_seeds_differ(small: Small) -> None:
 
 
 def test_patches_are_moved_inside_and_padded_as_invalid(small: Small) -> None:
-    plain = TRAINING.model_copy(update={"augmentation": False, "patch_px": 64})
     glaciers = [small.packed.glacier(g) for g in small.packed.ids]
-    rng = np.random.default_rng(0)
-    x, y, w = cut_batch(glaciers, np.array([[0, 0, 0], [0, 48, 56], [3, 30, 30]]), plain, CHANNELS, rng)
+    chosen = np.array([[0, 0, 0], [0, 48, 56], [3, 30, 30]])
+    x, bits = cut_batch(glaciers, chosen, np.zeros(3, dtype=int), 64, CHANNELS)
+    y, w = ((bits & Packed.bit(name)) > 0 for name in ("any_glacier", "valid"))
     large, tiny = glaciers[0], glaciers[3]
     np.testing.assert_array_equal(x[0], large.channels[:, :64, :64])
-    np.testing.assert_array_equal(y[1, 0], large.target[16:80, 24:88])
-    np.testing.assert_array_equal(w[2, 0, :60, :58], tiny.valid)
-    assert not w[2, 0, 60:].any() and not w[2, 0, :, 58:].any() and (x[2, :, 60:] == int(MISSING)).all()
+    np.testing.assert_array_equal(y[1], large.target[16:80, 24:88])
+    np.testing.assert_array_equal(w[2, :60, :58], tiny.valid)
+    assert not w[2, 60:].any() and not w[2, :, 58:].any() and (x[2, :, 60:] == MISSING).all()
 
 
 @pytest.mark.parametrize("which", range(8))
@@ -168,3 +170,53 @@ def test_cover_counts_the_patches_over_each_pixel(shape: tuple[int, int], size: 
         assert top <= row < max(top + size, shape[0]) and left <= col < max(left + size, shape[1])
         expected[top : top + size, left : left + size] += 1
     assert np.array_equal(patch_cover(centres, shape, size), expected)
+
+
+@pytest.mark.parametrize("size", [32, 64, 96])
+def test_patches_gathered_on_the_device_are_those_cut_on_the_host(small: Small, size: int) -> None:
+    """All symmetries, corners, and grids smaller than a patch: bit by bit, aspect and missing values too."""
+    rng = np.random.default_rng(size)
+    ids = small.packed.ids
+    shapes = [small.packed.glacier(g).bits.shape for g in ids]
+    chosen = np.array([[k % 4, *(rng.integers(0, n) for n in shapes[k % 4])] for k in range(32)])
+    turns = np.arange(32) // 4
+    mapped, resident = (patch_source(small.packed, ids, size, "cpu", w) for w in ("mapped", "resident"))
+    for a, b in zip(mapped.batch(chosen, turns), resident.batch(chosen, turns), strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    x, target, valid = mapped.batch(chosen, turns)
+    assert (x == int(MISSING)).any() and 0 < target.mean() < 1 and 0 < valid.mean() < 1
+
+
+def test_batches_come_in_order_when_the_next_is_cut_ahead(small: Small) -> None:
+    source = patch_source(small.packed, small.packed.ids, 32, "cpu", "mapped")
+    patches = draw_patches(small.packed, small.packed.ids, TRAINING, seed=1)
+    pieces = [(p, np.zeros(len(p), dtype=int)) for p in np.array_split(patches, 7)]
+    at_once = list(batches(source, pieces, "cpu"))
+    ahead = list(batches(source, pieces, "mps"))  # the source stays on the CPU: only the order of work changes
+    assert len(at_once) == len(ahead) == 7
+    assert all(torch.equal(a.x, b.x) for a, b in zip(at_once, ahead, strict=True))
+    assert list(batches(source, [], "mps")) == []
+
+
+def test_packing_in_processes_gives_the_same_files(small: Small, tmp_path: Path) -> None:
+    lines: list[int] = []
+    mapper = Mapper(2)
+    try:
+        packed = pack_cubes(
+            small.cubes, CHANNELS, tmp_path / "p", mapper=mapper, progress=lambda done, total, s: lines.append(done)
+        )
+    finally:
+        close_clusters()
+    for name in ("channels.bin", "masks.bin", "packed.json"):
+        assert (tmp_path / "p" / name).read_bytes() == (small.folder / "packed" / name).read_bytes()
+    assert lines[-1] == 4 and packed.size_bytes(["G3"]) == 60 * 58 * (2 * len(CHANNELS) + 1)
+
+
+def test_damaged_cubes_are_named_all_at_once_and_nothing_is_left(small: Small, tmp_path: Path) -> None:
+    cubes = dict(small.cubes)
+    for name in ("G1", "G2"):
+        cubes[name] = tmp_path / f"{name}.nc"
+        cubes[name].write_bytes(small.cubes[name].read_bytes()[:2000])
+    with pytest.raises(ValueError, match=r"(?s)2 of 4 glacier cubes can not be read.*G1.*G2"):
+        pack_cubes(cubes, CHANNELS, tmp_path / "p")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["G1.nc", "G2.nc"]

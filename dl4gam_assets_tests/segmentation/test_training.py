@@ -12,14 +12,16 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from dl4gam_assets.segmentation import TrainedMember, TrainingError, pack_cubes, train_member
 from dl4gam_assets.segmentation.inference import predict_logits
 from dl4gam_assets.segmentation.model import build_model
-from dl4gam_assets.segmentation.sampling import Normalizer, patch_centres, patch_corner
-from dl4gam_assets.segmentation.training import _validate, learning_rate
+from dl4gam_assets.segmentation.sampling import Normalizer, draw_patches, patch_centres, patch_corner
+from dl4gam_assets.segmentation.training import MEASURED, learning_rate
+from dl4gam_assets.segmentation.validation import Validation
 from dl4gam_assets.settings import InferenceSettings, TrainingSettings
 from dl4gam_assets_tests.segmentation.conftest import CHANNELS, MODEL, TRAINING, Small
 
@@ -40,6 +42,10 @@ def _same(first: TrainedMember, second: TrainedMember) -> bool:
     return first.state.keys() == second.state.keys() and all(
         torch.equal(v, second.state[k]) for k, v in first.state.items()
     )
+
+
+def _curves(member: TrainedMember) -> pd.DataFrame:
+    return member.history.drop(columns=list(MEASURED))
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +69,10 @@ def test_the_validation_score_is_that_of_the_validation_patches(small: Small) ->
     model = build_model(MODEL).eval()
     normalizer = Normalizer.of(small.packed, small.statistics, "cpu")
     training = TRAINING.model_copy(update={"validation_step_px": 16})
-    _, measured = _validate(small.packed, VALID, normalizer, model, training, "cpu")
+    scores = Validation(small.packed, VALID, training, "cpu").scores(model, normalizer, training, low=False)
     layers = small.packed.glacier("G1")
     ready = normalizer(torch.from_numpy(np.array(layers.channels))).numpy()
-    predicted = predict_logits([model], ready, InferenceSettings(), "cpu")[0] >= 0
+    predicted = predict_logits([model], ready, InferenceSettings(precision="fp32"), "cpu")[0] >= 0
     hit = union = 0
     for row, col in patch_centres(layers.zone, layers.glacier, 16, extremes=False):
         top, left = patch_corner(row, col, predicted.shape, 32)
@@ -75,7 +81,7 @@ def test_the_validation_score_is_that_of_the_validation_patches(small: Small) ->
         hit += int((truth & found & valid).sum())
         union += int(((truth | found) & valid).sum())
     assert union > layers.zone.sum()
-    assert measured == pytest.approx(hit / union, abs=1e-12)
+    assert scores["validation_iou"] == pytest.approx(hit / union, abs=1e-12)
 
 
 def test_the_seed_decides_everything(small: Small, whole: TrainedMember, tmp_path: Path) -> None:
@@ -83,7 +89,7 @@ def test_the_seed_decides_everything(small: Small, whole: TrainedMember, tmp_pat
     before = torch.get_rng_state()
     again = _train(small, tmp_path / "a", train_ids=TRAIN[::-1])
     assert torch.equal(before, torch.get_rng_state())
-    assert _same(again, whole) and again.history.drop(columns="seconds").equals(whole.history.drop(columns="seconds"))
+    assert _same(again, whole) and _curves(again).equals(_curves(whole))
     short = TRAINING.model_copy(update={"epochs": 1})
     assert not _same(_train(small, tmp_path / "b", 4, short), _train(small, tmp_path / "c", 5, short))
 
@@ -122,7 +128,7 @@ def test_a_killed_training_goes_on_with_the_same_result(small: Small, whole: Tra
     resumed = _train(small, work, progress=lambda row: seen.append(row["epoch"]))
     assert seen == list(range(reached + 1, TRAINING.epochs + 1))
     assert _same(resumed, whole)
-    assert resumed.history.drop(columns="seconds").equals(whole.history.drop(columns="seconds"))
+    assert _curves(resumed).equals(_curves(whole))
     # A finished training is not trained again.
     assert _same(_train(small, work, progress=lambda row: seen.append(-1)), whole) and -1 not in seen
 
@@ -181,3 +187,70 @@ def test_learning_rates() -> None:
     assert cycle[-1] < top / 500 and all(cycle[k] <= cycle[k + 1] for k in range(30))
     assert all(cycle[k] >= cycle[k + 1] for k in range(30, 99))
     assert all(learning_rate(TRAINING, k, 1) > 0 for k in range(1))
+    cosine = TRAINING.model_copy(update={"schedule": "cosine", "warmup_share": 0.1})
+    rates = [learning_rate(cosine, k, 100) for k in range(100)]
+    assert all(rates[k] < rates[k + 1] for k in range(10)) and max(rates) == rates[10] == pytest.approx(top)
+    assert all(rates[k] > rates[k + 1] for k in range(10, 99)) and 0 < rates[-1] < top / 1000
+    warm = constant.model_copy(update={"warmup_share": 0.5})
+    assert learning_rate(warm, 0, 10) == pytest.approx(top / 6) and learning_rate(warm, 5, 10) == top
+
+
+def test_early_stopping_ends_where_nothing_gets_better_and_resumes_the_same(small: Small, tmp_path: Path) -> None:
+    """After a first good epoch the rate is so large that nothing gets better."""
+    stubborn = TRAINING.model_copy(
+        update={"epochs": 9, "early_stopping": 2, "learning_rate": 0.0001, "schedule": "constant", "train_patches": 8}
+    )
+    free = _train(small, tmp_path / "a", training=stubborn.model_copy(update={"early_stopping": None}))
+    stopped = _train(small, tmp_path / "b", training=stubborn)
+    ious = free.history["validation_iou"]
+    # The rule by hand on the curve of the training that went on to its end.
+    best, end = 0, len(ious)
+    for k in range(len(ious)):
+        best = k if ious[k] > ious[best] else best
+        if k - best >= 2:
+            end = k + 1
+            break
+    assert len(stopped.history) == end < len(ious)
+    assert stopped.best_epoch == int(ious[:end].argmax()) + 1
+    again = _train(small, tmp_path / "b", training=stubborn, progress=lambda row: pytest.fail("it trained on"))
+    assert _same(again, stopped)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_members_learn_in_both_precisions(small: Small, tmp_path: Path, precision: str) -> None:
+    trained = _train(small, tmp_path, training=TRAINING.model_copy(update={"precision": precision}))
+    assert trained.engine["precision"] == {"fp32": "fp32", "bf16": "bf16-mixed"}[precision]
+    assert trained.validation_iou > 0.8
+    assert all(v.dtype != torch.bfloat16 for v in trained.state.values())  # weights stay fp32
+
+
+@pytest.mark.parametrize("loss", ["bce", "dice", "jaccard", "bce_dice"])
+def test_members_learn_with_every_loss(small: Small, tmp_path: Path, loss: str) -> None:
+    trained = _train(small, tmp_path, training=TRAINING.model_copy(update={"loss": loss}))
+    assert trained.validation_iou > 0.8
+
+
+def test_where_the_layers_lie_does_not_change_the_result(small: Small, whole: TrainedMember, tmp_path: Path) -> None:
+    resident = _train(small, tmp_path, data="resident")
+    assert resident.engine["training_data"] == "resident" and whole.engine["training_data"] == "mapped"
+    assert _same(resident, whole)
+
+
+def test_the_history_says_how_fast_and_how_large(whole: TrainedMember) -> None:
+    history = whole.history
+    assert (history["patches_per_second"] > 0).all() and (history["seconds"] > 0).all()
+    assert history["data_wait_share"].between(0, 1).all()
+    assert (history["peak_memory_mb"] > 50).all()
+    assert len(whole.engine["initial_sha256"]) == 64 and whole.engine["encoder_weights"] == "none (random)"
+
+
+def test_bootstrap_members_leave_glaciers_out(small: Small, tmp_path: Path) -> None:
+    several = TRAINING.model_copy(update={"diversity": "bootstrap", "epochs": 1})
+    ids = small.packed.ids
+    drawn = [draw_patches(small.packed, ids, several, seed) for seed in range(40)]
+    present = np.array([[k in d[:, 0] for k in range(len(ids))] for d in drawn])
+    assert all(len(d) == several.train_patches for d in drawn)
+    assert 0.5 < present.mean() < 0.85  # 1 - (3/4)^4 = 0.68 with four glaciers
+    np.testing.assert_array_equal(drawn[5], draw_patches(small.packed, ids, several, 5))
+    trained = _train(small, tmp_path, training=several)
+    assert trained.train_patches == several.train_patches
