@@ -430,6 +430,27 @@ def reproduce(
 
 
 @app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="New folder for the files.")],
+    year: Annotated[int, typer.Option(help="Year to export.")],
+    region: RegionOption = "demo",
+    home: HomeOption = None,
+    weights: Annotated[bool, typer.Option(help="With the weights of the ensembles.")] = True,
+    cubes: Annotated[bool, typer.Option(help="With the glacier cubes (large).")] = False,
+) -> None:
+    """Make a folder of a year's results that is ready to be handed on: open formats, citation, licence, checksums."""
+    from dl4gam_assets.publication.export import ExportError, export_year
+
+    settings, storage = _open(region, home)
+    _check_choice("year", [year], settings.years.all())
+    try:
+        files = export_year(storage, settings, year, folder, weights=weights, cubes=cubes)
+    except (ExportError, OSError) as error:
+        raise _stop(_escape(str(error))) from error
+    console.print(f"{len(files)} files, {files['bytes'].sum() / 1e6:.1f} MB: {folder}", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def diff(
     a: Annotated[str, typer.Argument(help="Results: a store, FILE.duckdb, or either with @YEAR.")],
     b: Annotated[str, typer.Argument(help="Other results, in the same form.")],

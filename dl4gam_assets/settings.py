@@ -676,6 +676,49 @@ class EvaluationSettings(_Strict):
     )
 
 
+class Author(_Strict):
+    """A person or an organization to be cited."""
+
+    family: str = Field("", description="Family name of a person.")
+    given: str = Field("", description="Given names of a person.")
+    name: str = Field("", description="Name of an organization, instead of a person's.")
+    orcid: str | None = Field(
+        None, pattern=r"^\d{4}-\d{4}-\d{4}-\d{3}[\dX]$", description="ORCID, 0000-0000-0000-0000."
+    )
+    affiliation: str = ""
+
+    @model_validator(mode="after")
+    def _one_name(self) -> Author:
+        if bool(self.name) == bool(self.family):
+            raise ValueError("needs `family` (a person) or `name` (an organization), one of them")
+        return self
+
+
+class PublicationSettings(_Strict):
+    """What results are handed on with. Never part of a result's fingerprint."""
+
+    license: Literal["CC-BY-4.0", "CC0-1.0", "ODbL-1.0"] = Field(
+        "CC-BY-4.0", description="Licence of the published data, by its SPDX name; check it against your inputs' terms."
+    )
+    authors: list[Author] = Field([], description="Who is cited for the data set; the region's name where empty.")
+    title: str = Field("", description="Title of the data set; made of the region's title where empty.")
+    doi: str | None = Field(None, pattern=r"^10\.\d{4,9}/\S+$", description="DOI of the data set, once it has one.")
+    version: str = Field("", description="Version of the data set; the year where empty.")
+    leave_out: list[str] = Field(
+        [],
+        description="Tables that results.duckdb holds empty, for regions of tens of thousands of glaciers: candidates, "
+        "scenes, zones and outlines are most of its size. Their Parquet files stay in the store.",
+    )
+
+    @field_validator("leave_out")
+    @classmethod
+    def _not_the_core(cls, names: list[str]) -> list[str]:
+        kept = {"glaciers", "areas", "changes", "regional_changes", "failures"} & set(names)
+        if kept:
+            raise ValueError(f"{sorted(kept)} can not be left out: views and the report need them")
+        return names
+
+
 class ComputeSettings(_Strict):
     """How much work at once. Never part of a result's fingerprint."""
 
@@ -731,6 +774,7 @@ class Region(_Strict):
     change: ChangeSettings = ChangeSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     simulation: SimulationSettings | None = None
+    publication: PublicationSettings = PublicationSettings()
     compute: ComputeSettings = ComputeSettings()
 
     @model_validator(mode="after")
@@ -757,8 +801,13 @@ class Region(_Strict):
         return self
 
     def fingerprint(self, *sections: str) -> str:
-        """Short hash of the named sections (all but ``compute`` when none is named), stable across key order."""
-        names = sections or tuple(n for n in type(self).model_fields if n not in {"compute", "data_root"})
+        """Short hash of the named sections, stable across key order.
+
+        None named: all but ``compute``, ``data_root`` and ``publication``, which change no result.
+        """
+        names = sections or tuple(
+            n for n in type(self).model_fields if n not in {"compute", "data_root", "publication"}
+        )
         # A preset's name changes nothing, what it expands to does.
         dumped = self.model_dump(mode="json", exclude={"imagery": {"preset"}})
         content = {name: dumped[name] for name in sorted(names)}

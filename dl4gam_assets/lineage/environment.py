@@ -74,7 +74,7 @@ def _simd() -> str:
 
 def settings_content(region: Region) -> dict[str, Any]:
     """The settings that :meth:`Region.fingerprint` hashes: all that can change a result."""
-    names = {n for n in type(region).model_fields if n not in {"compute", "data_root"}}
+    names = {n for n in type(region).model_fields if n not in {"compute", "data_root", "publication"}}
     return region.model_dump(mode="json", include=names, exclude={"imagery": {"preset"}})
 
 

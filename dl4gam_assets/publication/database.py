@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,18 +20,24 @@ import duckdb
 import pandas as pd
 from upath import UPath
 
+from dl4gam_assets.publication.schema import (
+    TYPES,
+    Rule,
+    comment_of,
+    has_foreign_key,
+    row_rules,
+    unit_of,
+)
+from dl4gam_assets.publication.schema import quoted as _q
 from dl4gam_assets.settings import Region
 from dl4gam_assets.storage import Storage
 from dl4gam_assets.tables import TABLES, Column, Table
 
-_TYPES = {
-    "string": "VARCHAR",
-    "int64": "BIGINT",
-    "float64": "DOUBLE",
-    "bool": "BOOLEAN",
-    "timestamp": "TIMESTAMP",
-    "geometry": "GEOMETRY('OGC:CRS84')",
-}
+#: Larger tables have their keys checked, but not kept as an index: it would outweigh the table, and rows lie in the
+#: order of their keys anyway, so that DuckDB skips what a question does not ask for.
+INDEXED_ROWS = 1_000_000
+#: Memory for the build; beyond it DuckDB sorts on disk, beside the new file.
+MEMORY = "1200MB"
 
 #: Neither files nor the network nor extensions, and no way to allow them again.
 _CLOSED: dict[str, Any] = {
@@ -40,6 +47,8 @@ _CLOSED: dict[str, Any] = {
     "allow_community_extensions": False,
     "lock_configuration": True,
 }
+
+_QUIET: dict[str, Any] = {"autoinstall_known_extensions": False, "autoload_known_extensions": False}
 
 #: name -> (meaning, SQL)
 VIEWS: dict[str, tuple[str, str]] = {
@@ -159,34 +168,135 @@ VIEWS: dict[str, tuple[str, str]] = {
         ORDER BY country, r.year, r.method
         """,
     ),
+    "changes_by_size_class": (
+        "Totals by size of the glacier in the inventory (km²), year and method.",
+        """
+        SELECT r."group" AS size_class_km2, r.year, r.method, r.n_glaciers, r.n_measured, r.baseline_area_km2,
+               r.area_km2, r.std_km2, r.rate_km2_per_year, r.rate_std_km2_per_year, r.rate_pct_per_year,
+               r.rate_std_pct_per_year, r.correlation
+        FROM regional_changes r
+        WHERE r.grouping = 'size_class'
+        ORDER BY r.year, r.method, try_cast(regexp_extract(r."group", '[0-9.]+') AS DOUBLE), size_class_km2
+        """,
+    ),
+    "region_time_series": (
+        "Totals of the whole region by year and method, with the change since the baseline.",
+        """
+        SELECT r.year, r.method, r.n_glaciers, r.n_measured, r.baseline_year, r.baseline_area_km2, r.area_km2,
+               r.std_km2, r.rate_km2_per_year, r.rate_std_km2_per_year, r.rate_pct_per_year, r.rate_std_pct_per_year,
+               r.correlation
+        FROM regional_changes r
+        WHERE r.grouping = 'region'
+        ORDER BY r.method, r.year
+        """,
+    ),
+    "years_overview": (
+        "What there is of each year: estimates, glaciers that pass the quality filter, mean usable share, failures.",
+        """
+        WITH failed AS (
+            SELECT try_cast(split_part("partition", '.', 1) AS BIGINT) AS year, count(DISTINCT glacier_id) AS n
+            FROM failures WHERE stage <> 'area_change' GROUP BY 1
+        )
+        SELECT a.year, count(*) AS estimates, (SELECT count(*) FROM glaciers WHERE modelled) AS modelled,
+               count(c.glacier_id) AS with_rate, count(*) FILTER (WHERE c.ok) AS ok, sum(a.area_km2) AS area_km2,
+               min(a.image_date) AS first_image, max(a.image_date) AS last_image,
+               avg(a.usable_share) AS mean_usable_share, coalesce(any_value(f.n), 0) AS failed_glaciers
+        FROM areas a
+        LEFT JOIN changes c USING (glacier_id, year)
+        LEFT JOIN failed f ON f.year = a.year
+        GROUP BY a.year
+        ORDER BY a.year
+        """,
+    ),
+    "held_out_quality": (
+        "Scores on held-out glaciers in the inventory year, pooled over pixels and averaged over glaciers. The scopes "
+        "count different pixels: compare methods within one scope only.",
+        """
+        SELECT e.scope, e.method, count(*) AS n_glaciers, sum(e.n_pixels) AS n_pixels,
+               sum(e.true_positive) / nullif(sum(e.true_positive + e.false_positive + e.false_negative), 0) AS iou,
+               sum(e.true_positive) / nullif(sum(e.true_positive + e.false_positive), 0) AS precision,
+               sum(e.true_positive) / nullif(sum(e.true_positive + e.false_negative), 0) AS recall,
+               avg(e.iou) AS mean_iou, avg(e.recall) AS mean_recall
+        FROM evaluation e
+        WHERE e.role = 'test'
+        GROUP BY e.scope, e.method
+        ORDER BY e.scope, iou DESC NULLS LAST, e.method
+        """,
+    ),
+    "interval_coverage": (
+        "Share of inventory areas inside their glacier's interval in the baseline year, by fold, beside the "
+        "calibration error and the share reached on validation glaciers.",
+        """
+        WITH inside AS (
+            SELECT fold, count(*) AS n_glaciers,
+                   avg((inventory_area_km2 BETWEEN lower_km2 AND upper_km2)::INTEGER) AS inside_share
+            FROM baseline_areas WHERE inventory_area_km2 IS NOT NULL GROUP BY fold
+        ),
+        rule AS (
+            SELECT fold, any_value(method) AS method, any_value(n_glaciers) AS validation_glaciers,
+                   any_value(validation_coverage) AS validation_share, any_value(ece_before) AS ece_before,
+                   any_value(ece_after) AS ece_after
+            FROM calibration GROUP BY fold
+        )
+        SELECT i.*, r.* EXCLUDE (fold) FROM inside i LEFT JOIN rule r USING (fold) ORDER BY i.fold
+        """,
+    ),
 }
+
+#: Columns of the table ``region``: name, type, meaning.
+REGION_COLUMNS: tuple[tuple[str, str, str], ...] = (
+    ("name", "VARCHAR", "Name of the region"),
+    ("title", "VARCHAR", "Title"),
+    ("settings", "JSON", "All settings that can change a result, as JSON"),
+    ("fingerprint", "VARCHAR", "Hash of the settings"),
+    ("code_version", "VARCHAR", "Version of dl4gam_assets"),
+    ("simulated", "BOOLEAN", "True: inputs are simulated, the figures speak of no real glacier"),
+    (
+        "left_out",
+        "VARCHAR",
+        "Tables that are empty here by publication.leave_out, joined by ','",
+    ),
+)
 
 
 def build_database(storage: Storage, region: Region, path: UPath | os.PathLike[str]) -> dict[str, int]:
     """Build the database of a region and put it at ``path`` in one step; returns rows by table.
 
-    Types, primary keys, NOT NULL and comments come from ``TABLES``; a table without files is there, empty. Beside
-    them: ``region`` (name, title, settings as JSON, fingerprint, code version), ``tables_info`` (one row a column) and
-    the views of :data:`VIEWS`. A reader that has the old file open keeps reading the old content.
+    Types, primary keys, NOT NULL, ranges and comments come from ``TABLES``; a table without files is there, empty, and
+    so is one that ``publication.leave_out`` names. Beside them: ``region`` (name, title, settings as JSON, fingerprint,
+    code version), ``tables_info`` (one row a column) and the views of :data:`VIEWS`. A reader that has the old file
+    open keeps reading the old content.
 
     Raises
     ------
     ValueError
-        naming the table whose files do not fit its schema (a missing column, a repeated key, an empty required value).
+        naming the table whose files do not fit its schema, the rule that is broken, and the first rows that break it
+        (a missing column, a repeated key, an empty required value, a value out of range, an interval that does not
+        hold its estimate, a glacier that the inventory does not have). The old file is left as it is.
     """
     counts: dict[str, int] = {}
+    left_out = set(region.publication.leave_out)
     with storage.writing(path) as temporary:
-        connection = duckdb.connect(str(temporary))
+        scratch = temporary.with_name(temporary.name + ".spill")
+        connection = duckdb.connect(
+            str(temporary), config={"memory_limit": MEMORY, "temp_directory": str(scratch), **_QUIET}
+        )
         try:
             for table in TABLES.values():
-                connection.execute(_create(table))
-                with _local_parts(storage, table.name) as files:
+                with _local_parts(storage, table.name) as found:
+                    files = [] if table.name in left_out else found
+                    indexed = _rows_of(files) <= INDEXED_ROWS
+                    connection.execute(_create(table, indexed))
                     if files:
-                        _fill(connection, table, files)
+                        _fill(connection, table, files, indexed)
                 counts[table.name] = _count(connection, table.name)
                 _comment(connection, "TABLE", table.name, table.meaning)
                 for column in table.columns:
-                    _comment(connection, "COLUMN", f"{_q(table.name)}.{_q(column.name)}", column.meaning, quoted=True)
+                    name = f"{_q(table.name)}.{_q(column.name)}"
+                    _comment(connection, "COLUMN", name, comment_of(column), quoted=True)
+            for table in TABLES.values():
+                if counts[table.name] and has_foreign_key(table):
+                    _check_glaciers(connection, table)
             _add_region(connection, region)
             _add_info(connection, counts)
             for name, (meaning, sql) in VIEWS.items():
@@ -197,6 +307,7 @@ def build_database(storage: Storage, region: Region, path: UPath | os.PathLike[s
             connection.close()
             # After CHECKPOINT and close the log is empty; left behind only when something failed.
             Path(f"{temporary}.wal").unlink(missing_ok=True)
+            shutil.rmtree(scratch, ignore_errors=True)
     return counts
 
 
@@ -237,18 +348,15 @@ def _wkt(values: pd.Series) -> pd.Series:
 
 
 # --------------------------------------------------------------------------------------------- building
-def _q(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
-
-
 def _text(value: str) -> str:
     return "'" + value.replace("'", "''") + "'"
 
 
-def _create(table: Table) -> str:
-    lines = [f"{_q(c.name)} {_TYPES[c.dtype]}{'' if c.nullable else ' NOT NULL'}" for c in table.columns]
-    if table.keys:
+def _create(table: Table, indexed: bool = True) -> str:
+    lines = [f"{_q(c.name)} {TYPES[c.dtype]}{'' if c.nullable and not c.key else ' NOT NULL'}" for c in table.columns]
+    if table.keys and indexed:
         lines.append(f"PRIMARY KEY ({', '.join(_q(k) for k in table.keys)})")
+    lines += [f"CHECK ({rule.condition})" for rule in row_rules(table)]
     return f"CREATE TABLE {_q(table.name)} ({', '.join(lines)})"
 
 
@@ -286,8 +394,20 @@ def _local_parts(storage: Storage, name: str) -> Iterator[list[str]]:
         yield out
 
 
-def _fill(connection: duckdb.DuckDBPyConnection, table: Table, files: list[str]) -> None:
-    types = {c.name: _TYPES[c.dtype] for c in table.columns if c.name in table.partitioned_by}
+def _rows_of(files: list[str]) -> int:
+    """Rows of Parquet files by their footers; a file that can not be read is told later, with its table."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    rows = 0
+    for file in files:
+        with contextlib.suppress(OSError, pa.ArrowInvalid):
+            rows += pyarrow.parquet.read_metadata(file).num_rows
+    return rows
+
+
+def _fill(connection: duckdb.DuckDBPyConnection, table: Table, files: list[str], indexed: bool) -> None:
+    types = {c.name: TYPES[c.dtype] for c in table.columns if c.name in table.partitioned_by}
     options = "union_by_name = true, hive_partitioning = "
     if types:
         hive = ", ".join(f"{_text(k)}: {v}" for k, v in types.items())
@@ -309,19 +429,80 @@ def _fill(connection: duckdb.DuckDBPyConnection, table: Table, files: list[str])
             f"INSERT INTO {_q(table.name)} ({columns}) SELECT {values} FROM {source}"  # noqa: S608  (names from TABLES)
             + (f" ORDER BY {order}" if order else "")
         )
+        if table.keys and not indexed:
+            repeated = _repeated(connection, table, _q(table.name))
+            if repeated:
+                raise ValueError(f"repeated keys: {repeated}")
+    except duckdb.ConstraintException as error:
+        broken = _broken(connection, table, f"(SELECT {values} FROM {source})", columns) or str(error)  # noqa: S608
+        raise ValueError(
+            f"table {table.name} is not published: {broken}. Materialize the asset that writes it again"
+        ) from error
     except (duckdb.Error, ValueError) as error:
         raise ValueError(
             f"table {table.name} can not enter the database: {error}. Materialize the asset that writes it again"
         ) from error
 
 
+#: How many offending rows a message names.
+_NAMED = 5
+
+
+def _broken(connection: duckdb.DuckDBPyConnection, table: Table, source: str, columns: str) -> str:
+    """Which rules the rows of ``source`` break, and the keys of the first that do."""
+    rows = f"{source} AS r({columns})"
+    keys = ", ".join(_q(k) for k in table.keys or [c.name for c in table.columns[:2]])
+    empty = [Rule(f"{c.name}_required", f"{c.name} is not empty", f"{_q(c.name)} IS NOT NULL")
+             for c in table.columns if c.key or not c.nullable]  # fmt: skip
+    found = []
+    for rule in [*empty, *row_rules(table)]:
+        wrong = f"NOT coalesce({rule.condition}, true)"
+        bad = connection.execute(f"SELECT count(*) FROM {rows} WHERE {wrong}").fetchone()  # noqa: S608
+        if bad and bad[0]:
+            names = [c.strip('"') for c in keys.split(", ")]
+            shown = connection.execute(f"SELECT {keys} FROM {rows} WHERE {wrong} LIMIT {_NAMED}").fetchall()  # noqa: S608
+            found.append(f"{bad[0]} rows break '{rule.meaning}': {_named(names, shown, int(bad[0]))}")
+    repeated = _repeated(connection, table, rows)
+    return "; ".join([*found, *([f"repeated keys: {repeated}"] if repeated else [])])
+
+
+def _repeated(connection: duckdb.DuckDBPyConnection, table: Table, rows: str) -> str:
+    keys = ", ".join(_q(k) for k in table.keys)
+    if not keys:
+        return ""
+    shown = connection.execute(
+        f"SELECT {keys} FROM {rows} GROUP BY {keys} HAVING count(*) > 1 ORDER BY ALL LIMIT {_NAMED + 1}"  # noqa: S608
+    ).fetchall()
+    return _named(table.keys, shown[:_NAMED], len(shown)) if shown else ""
+
+
+def _named(names: list[str], rows: list[tuple[Any, ...]], n: int) -> str:
+    text = "; ".join(", ".join(f"{k} {v}" for k, v in zip(names, row, strict=True)) for row in rows)
+    return f"{text}{'; ...' if n > len(rows) else ''}"
+
+
+def _check_glaciers(connection: duckdb.DuckDBPyConnection, table: Table) -> None:
+    """Foreign key of a table: each glacier_id is one of ``glaciers``."""
+    lost = connection.execute(
+        f"SELECT glacier_id, count(*) FROM {_q(table.name)} ANTI JOIN glaciers USING (glacier_id) "  # noqa: S608
+        f"GROUP BY glacier_id ORDER BY glacier_id LIMIT {_NAMED + 1}"
+    ).fetchall()
+    if lost:
+        raise ValueError(
+            f"table {table.name} is not published: its glaciers {', '.join(str(g) for g, _ in lost[:_NAMED])}"
+            f"{', ...' if len(lost) > _NAMED else ''} are not in the inventory (table glaciers). The inventory has "
+            "changed since: materialize the asset that writes the table again, or delete the partitions of years that "
+            "are no longer wanted"
+        )
+
+
 def _value(column: Column, found: set[str]) -> str:
     if column.name not in found:
-        return f"NULL::{_TYPES[column.dtype]}"
+        return f"NULL::{TYPES[column.dtype]}"
     if column.dtype == "geometry":
         # GeoParquet keeps longitude first whatever its CRS says; CRS84 says so too.
         return f"ST_SetCRS({_q(column.name)}, 'OGC:CRS84')"
-    return f"{_q(column.name)}::{_TYPES[column.dtype]}"
+    return f"{_q(column.name)}::{TYPES[column.dtype]}"
 
 
 def _list(files: list[str]) -> str:
@@ -335,32 +516,30 @@ def _list(files: list[str]) -> str:
 def _add_region(connection: duckdb.DuckDBPyConnection, region: Region) -> None:
     from dl4gam_assets import __version__
 
-    connection.execute(
-        "CREATE TABLE region (name VARCHAR PRIMARY KEY, title VARCHAR, settings JSON NOT NULL, "
-        "fingerprint VARCHAR NOT NULL, code_version VARCHAR NOT NULL, simulated BOOLEAN NOT NULL)"
+    columns = ", ".join(
+        f"{_q(name)} {kind}{' PRIMARY KEY' if name == 'name' else ' NOT NULL'}" for name, kind, _ in REGION_COLUMNS
     )
+    connection.execute(f"CREATE TABLE region ({columns})")
     settings = json.dumps(region.model_dump(mode="json", exclude={"data_root", "compute"}))
     connection.execute(
-        "INSERT INTO region VALUES (?, ?, ?, ?, ?, ?)",
-        [region.name, region.title, settings, region.fingerprint(), __version__, region.simulation is not None],
-    )
+        f"INSERT INTO region VALUES ({', '.join('?' * len(REGION_COLUMNS))})",  # noqa: S608
+        [region.name, region.title, settings, region.fingerprint(), __version__, region.simulation is not None,
+         ",".join(sorted(region.publication.leave_out))],
+    )  # fmt: skip
     _comment(connection, "TABLE", "region", "The region and all settings the results were made with.")
-    for name, meaning in {
-        "name": "Name of the region", "title": "Title", "settings": "All settings that can change a result, as JSON",
-        "fingerprint": "Hash of the settings", "code_version": "Version of dl4gam_assets",
-        "simulated": "True: inputs are simulated, the figures speak of no real glacier",
-    }.items():  # fmt: skip
+    for name, _, meaning in REGION_COLUMNS:
         _comment(connection, "COLUMN", f"region.{_q(name)}", meaning, quoted=True)
 
 
 def _add_info(connection: duckdb.DuckDBPyConnection, counts: dict[str, int]) -> None:
     rows = [
-        (t.name, t.meaning, counts[t.name], i, c.name, _TYPES[c.dtype], c.meaning, c.key, not c.nullable)
+        (t.name, t.meaning, counts[t.name], i, c.name, TYPES[c.dtype], unit_of(c), c.meaning, c.key, not c.nullable)
         for t in TABLES.values()
         for i, c in enumerate(t.columns, start=1)
     ]
     names = (
-        "table_name", "table_meaning", "rows", "position", "column_name", "type", "meaning", "is_key", "is_required",
+        "table_name", "table_meaning", "rows", "position", "column_name", "type", "unit", "meaning", "is_key",
+        "is_required",
     )  # fmt: skip
     info = pd.DataFrame(rows, columns=list(names))
     connection.register("_info", info)

@@ -26,10 +26,34 @@ _COG = "image/tiff; application=geotiff; profile=cloud-optimized"
 _PARQUET = "application/vnd.apache.parquet"
 _SCIENTIFIC = "https://stac-extensions.github.io/scientific/v1.0.0/schema.json"
 _PROJECTION = "https://stac-extensions.github.io/projection/v2.0.0/schema.json"
+_PROCESSING = "https://stac-extensions.github.io/processing/v1.1.0/schema.json"
+_MODEL = "https://stac-extensions.github.io/mlm/v1.4.0/schema.json"
 
 
-def write_stac(storage: Storage, region: Region, year: int, folder: UPath | os.PathLike[str]) -> int:
+class Layout:
+    """Where the files lie that a catalog links to: in the store, or in an export that has the same shape."""
+
+    def __init__(self, root: UPath | os.PathLike[str]):
+        self.root = UPath(root)
+
+    def map(self, year: int, glacier_id: str) -> UPath:
+        return self.root / "predictions" / f"year={year}" / f"{safe_name(glacier_id)}.tif"
+
+    def outlines(self, year: int) -> UPath:
+        return self.root / "tables" / "outlines" / f"year={year}" / "part.parquet"
+
+    def weights(self, fold: int, member: int) -> UPath:
+        return self.root / "models" / f"fold={fold}" / f"member={member:02d}" / "model.safetensors"
+
+
+def write_stac(
+    storage: Storage, region: Region, year: int, folder: UPath | os.PathLike[str], layout: Layout | None = None
+) -> int:
     """Write ``catalog.json``, ``collection.json`` and ``items/<glacier>.json`` below ``folder``; returns the items.
+
+    Beside them ``models/fold_N.json``: an item for each fold's ensemble by the machine-learning-model extension (mlm),
+    with its members' weights; the maps are derived from it. ``layout``: where the linked files lie (default: in the
+    store).
 
     An item has the glacier's best outline as geometry (the map's box where nothing was predicted), the image's date
     as datetime, the projection extension, the area with its interval, and the map as asset. Items of glaciers that
@@ -44,6 +68,7 @@ def write_stac(storage: Storage, region: Region, year: int, folder: UPath | os.P
 
     folder = UPath(folder)
     base = folder.as_posix()
+    layout = layout or Layout(storage.root)
     predictions = storage.read_table("predictions", year=year)
     areas = storage.read_table("areas", year=year).set_index("glacier_id")
     cubes = storage.read_table("cubes", year=year).set_index("glacier_id")
@@ -59,9 +84,12 @@ def write_stac(storage: Storage, region: Region, year: int, folder: UPath | os.P
         if date is None or pd.isna(date):
             raise ValueError(f"map of {glacier} in {year} has no image date: materialize glacier_areas again")
         outline = outlines.geometry.loc[glacier] if glacier in outlines.index else None
-        items.append(_item(storage, base, glacier, year, pd.Timestamp(date), outline, figures, int(row.fold), tag))
+        items.append(
+            _item(storage, base, glacier, year, pd.Timestamp(date), outline, figures, int(row.fold), tag, layout)
+        )
+    models = _models(storage, region, year, items, base, layout)
 
-    collection = _collection(storage, region, year, items, outlines, base, tag)
+    collection = _collection(storage, region, year, items, outlines, base, tag, layout)
     catalog = pystac.Catalog(
         id=f"{region.name}-{year}",
         title=f"{region.title or region.name} {year}{' (simulated)' if tag else ''}",
@@ -70,6 +98,7 @@ def write_stac(storage: Storage, region: Region, year: int, folder: UPath | os.P
     )
     # Addresses come last: pystac rewrites relative asset links whenever an address changes.
     catalog.add_child(collection)
+    catalog.add_items(models.values())
     collection.add_items(items)
     catalog.set_self_href(posixpath.join(base, "catalog.json"))
     collection.set_self_href(posixpath.join(base, "collection.json"))
@@ -78,6 +107,14 @@ def write_stac(storage: Storage, region: Region, year: int, folder: UPath | os.P
         name = f"{safe_name(str(item.properties['dl4gam:glacier_id']))}.json"
         names.add(name)
         item.set_self_href(posixpath.join(base, "items", name))
+    for fold, model in models.items():
+        model.set_self_href(posixpath.join(base, "models", f"fold_{fold}.json"))
+    for item in items:
+        fold = int(item.properties["dl4gam:fold"])
+        if fold in models:
+            item.add_link(pystac.Link("derived_from", models[fold], "application/geo+json", f"Ensemble of fold_{fold}"))
+    for model in models.values():
+        storage.write_json(UPath(model.self_href), model.to_dict(include_self_link=False))
     for item in items:
         storage.write_json(UPath(item.self_href), item.to_dict(include_self_link=False))
     storage.write_json(folder / "collection.json", collection.to_dict(include_self_link=False))
@@ -107,12 +144,14 @@ def _relative(target: UPath, start: str) -> str:
 
 def _item(
     storage: Storage, base: str, glacier: str, year: int, date: pd.Timestamp, outline: Any,
-    figures: Mapping[str, Any], fold: int, tag: str,
+    figures: Mapping[str, Any], fold: int, tag: str, layout: Layout,
 ) -> pystac.Item:  # fmt: skip
     import pystac
     import rasterio
     import shapely
     from rasterio.warp import transform_bounds
+
+    from dl4gam_assets import __version__
 
     path = storage.prediction(year, glacier)
     if not path.exists():
@@ -128,6 +167,12 @@ def _item(
         "dl4gam:glacier_id": glacier,
         "dl4gam:year": year,
         "dl4gam:fold": fold,
+        "processing:level": "L4",
+        "processing:lineage": (
+            f"Mapped by the ensemble of cross-validation fold {fold}, which never saw this glacier, on the image of "
+            f"{date:%Y-%m-%d}. The table lineage in results.duckdb names every input."
+        ),
+        "processing:software": {"dl4gam_assets": __version__},
         "proj:code": f"EPSG:{code}",
         "proj:shape": shape,
         "proj:transform": transform,
@@ -144,12 +189,12 @@ def _item(
         bbox=[round(float(v), 7) for v in shapely.total_bounds(geometry)],
         datetime=date.to_pydatetime().replace(tzinfo=dt.UTC),
         properties=properties,
-        stac_extensions=[_PROJECTION],
+        stac_extensions=[_PROJECTION, _PROCESSING],
     )
     item.add_asset(
         "prediction",
         pystac.Asset(
-            href=_relative(path, posixpath.join(base, "items")),
+            href=_relative(layout.map(year, glacier), posixpath.join(base, "items")),
             title="Ensemble map: probability and its standard deviation",
             media_type=_COG,
             roles=["data"],
@@ -159,8 +204,85 @@ def _item(
     return item
 
 
+def _models(
+    storage: Storage, region: Region, year: int, items: list[pystac.Item], base: str, layout: Layout
+) -> dict[int, pystac.Item]:
+    """The ensembles behind the year's maps, as items of the mlm extension; none where members are unknown."""
+    import pystac
+    import shapely
+
+    found: dict[int, pystac.Item] = {}
+    members = storage.read_table("members")
+    glaciers = storage.read_table("glaciers")
+    box = [round(float(v), 7) for v in glaciers.total_bounds] if len(glaciers) else [-180.0, -90.0, 180.0, 90.0]
+    channels = list(region.model.channels)
+    size = region.training.patch_px
+    for fold in sorted({int(i.properties["dl4gam:fold"]) for i in items}):
+        mine = members[members["fold"] == fold].sort_values("member")
+        if mine.empty:
+            continue
+        parameters = {
+            "encoder": region.model.encoder, "members": len(mine), "epochs": region.training.epochs,
+            "patch_px": size, "loss": region.training.loss, "learning_rate": region.training.learning_rate,
+            "fold": fold, "folds": region.folds.n,
+        }  # fmt: skip
+        model = pystac.Item(
+            id=f"{region.name}-ensemble-fold_{fold}",
+            geometry=shapely.geometry.mapping(shapely.box(*box)),
+            bbox=box,
+            datetime=dt.datetime(region.years.baseline, 1, 1, tzinfo=dt.UTC),
+            properties={
+                "title": f"Ensemble of fold {fold}: {len(mine)} members",
+                "mlm:name": f"{region.name} fold_{fold}",
+                "mlm:architecture": region.model.architecture,
+                "mlm:tasks": ["semantic-segmentation"],
+                "mlm:framework": "PyTorch",
+                "mlm:pretrained": region.model.encoder_weights is not None,
+                "mlm:total_parameters": int(mine["parameters"].max()) if mine["parameters"].notna().any() else 0,
+                "mlm:hyperparameters": parameters,
+                "mlm:input": [
+                    {
+                        "name": "glacier cube", "bands": channels,
+                        "input": {"shape": [-1, len(channels), size, size], "data_type": "float32",
+                                  "dim_order": ["batch", "channel", "height", "width"]},
+                        "description": "Channels standardized by the fold's mean and deviation (table normalization).",
+                    }
+                ],
+                "mlm:output": [
+                    {
+                        "name": "glacier", "tasks": ["semantic-segmentation"],
+                        "result": {"shape": [-1, 1, size, size], "data_type": "float32",
+                                   "dim_order": ["batch", "channel", "height", "width"]},
+                        "description": "Logit of glacier; divided by the member's temperature, then averaged.",
+                    }
+                ],
+            },
+            stac_extensions=[_MODEL],
+        )  # fmt: skip
+        for row in mine.itertuples():
+            model.add_asset(
+                f"member_{int(row.member):02d}",
+                pystac.Asset(
+                    href=_relative(layout.weights(fold, int(row.member)), posixpath.join(base, "models")),
+                    title=f"Weights of member {int(row.member)} (SHA-256 {row.sha256})",
+                    media_type="application/octet-stream",
+                    roles=["mlm:model", "mlm:weights"],
+                    extra_fields={"mlm:artifact_type": "safetensors", "bands": [{"name": c} for c in channels]},
+                ),
+            )
+        found[fold] = model
+    return found
+
+
 def _collection(
-    storage: Storage, region: Region, year: int, items: list[pystac.Item], outlines: pd.DataFrame, base: str, tag: str
+    storage: Storage,
+    region: Region,
+    year: int,
+    items: list[pystac.Item],
+    outlines: pd.DataFrame,
+    base: str,
+    tag: str,
+    layout: Layout,
 ) -> pystac.Collection:
     import pystac
 
@@ -180,7 +302,7 @@ def _collection(
         description=region.description or f"Held-out ensemble maps of the glaciers of {region.title or region.name}.",
         extent=pystac.Extent(pystac.SpatialExtent([box]), pystac.TemporalExtent([[first, last]])),
         catalog_type=pystac.CatalogType.SELF_CONTAINED,
-        license="other",
+        license=region.publication.license,
         keywords=words,
         stac_extensions=[_SCIENTIFIC],
         extra_fields=_citation(region),
@@ -190,7 +312,7 @@ def _collection(
         collection.add_asset(
             "outlines",
             pystac.Asset(
-                href=_relative(path, base),
+                href=_relative(layout.outlines(year), base),
                 title=f"Outlines of {len(outlines)} glaciers: best, lower and upper (GeoParquet, EPSG:4326)",
                 media_type=_PARQUET,
                 roles=["data"],

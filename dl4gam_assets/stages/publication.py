@@ -46,7 +46,7 @@ def results_database(ws: Workspace, *, force: bool = False) -> StageResult:
     inputs = _states(
         ws, "inventory_outlines", "selected_scenes", "glacier_cubes", "evaluation", "glacier_areas", "glacier_outlines",
         "area_change", "regional_change", "area_trends", "calibration",
-    )  # fmt: skip
+    ) | {"leave_out": ",".join(sorted(ws.region.publication.leave_out))}  # fmt: skip
     return run_stage(ws, "results_database", "all", inputs, work, force=force or not path.exists())
 
 

@@ -105,9 +105,10 @@ def _region(ws: Workspace, p: Provenance) -> tuple[Region, list[str]]:
     recorded = recorded_settings(ws.storage, p.settings_fingerprint)
     if recorded is None:
         return ws.region, ["the settings of the estimate were not recorded: those of now are used"]
-    present = ws.region.model_dump(mode="json", include={"data_root", "compute"})
+    apart = {"data_root", "compute", "publication"}
+    present = ws.region.model_dump(mode="json", include=apart)
     region = Region.model_validate({**recorded, **present})
-    changed = settings_difference(recorded, json.loads(ws.region.model_dump_json(exclude={"data_root", "compute"})))
+    changed = settings_difference(recorded, json.loads(ws.region.model_dump_json(exclude=apart)))
     return region, [f"made with the recorded settings; {len(changed)} are others now ({', '.join(list(changed)[:5])})"]
 
 

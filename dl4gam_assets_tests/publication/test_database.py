@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import shutil
 from pathlib import Path
 
 import duckdb
@@ -10,6 +11,7 @@ import shapely
 
 from dl4gam_assets.publication import build_database, query_database
 from dl4gam_assets.publication.database import VIEWS
+from dl4gam_assets.publication.schema import comment_of, with_page
 from dl4gam_assets.settings import Region
 from dl4gam_assets.storage import Storage
 from dl4gam_assets.tables import TABLES
@@ -33,7 +35,7 @@ def test_every_table_is_there_with_types_keys_and_comments_and_the_rows_of_the_s
         f"select column_name, data_type, is_nullable, comment from duckdb_columns() where table_name = '{name}'",
     ).set_index("column_name")
     assert list(columns.index) == [c.name for c in table.columns]
-    assert columns["comment"].to_dict() == {c.name: c.meaning for c in table.columns}
+    assert columns["comment"].to_dict() == {c.name: comment_of(c) for c in table.columns}
     # A primary key makes its columns NOT NULL too.
     assert columns["is_nullable"].to_dict() == {c.name: c.nullable and not c.key for c in table.columns}
     keys = query_database(
@@ -166,7 +168,7 @@ def test_files_that_do_not_fit_leave_the_old_database_and_no_litter(
     assert sorted(p.name for p in Path(str(empty_store.root)).iterdir()) == ["results.duckdb", "tables"]
 
 
-def test_older_files_without_a_nullable_column_and_odd_paths(tmp_path: Path, region: Region) -> None:
+def test_older_files_without_a_nullable_column_and_odd_paths(tmp_path: Path, store: Storage, region: Region) -> None:
     storage = Storage(tmp_path / "year=1 [x] it's")
     file = Path(str(storage.table("taus", {"fold": 2})))
     file.parent.mkdir(parents=True)
@@ -177,6 +179,11 @@ def test_older_files_without_a_nullable_column_and_odd_paths(tmp_path: Path, reg
         {"glacier_id": ["007"], "year": [2015], "fold": [2], "image_date": [pd.Timestamp("2015-09-01")]}
     ).to_parquet(rates)
     path = storage.path("results.duckdb")
+    with pytest.raises(ValueError, match="table taus is not published: its glaciers 007 are not in the inventory"):
+        build_database(storage, region, path)
+    assert not path.exists()
+    glaciers = store.read_table("glaciers")
+    storage.write_table("glaciers", glaciers.head(1).assign(glacier_id="007"))
     build_database(storage, region, path)
     row = query_database(
         str(path), "select t.*, b.year, b.area_km2 from taus t join baseline_areas b using (glacier_id)"
@@ -208,3 +215,47 @@ def test_a_remote_store_gives_the_same_database(store: Storage, region: Region, 
         assert stages["partition"].tolist() == ["2023", "2023"]
     finally:
         memory.rm("/remote", recursive=True)
+
+
+# --------------------------------------------------------------------------------------------- constraints
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"lower_km2": 99.0}, r"table areas is not published: 1 rows break 'lower_km2 <= area_km2 <= upper_km2'"),
+        ({"recall": 1.2}, r"1 rows break '0 <= recall <= 1': glacier_id .*, year 2019"),
+        ({"area_km2": -1.0, "lower_km2": -2.0}, r"break '0 <= area_km2': glacier_id"),
+        ({"image_date": pd.NaT}, r"1 rows break 'image_date is not empty'"),
+    ],
+)
+def test_rows_that_break_a_rule_are_named_and_the_former_database_stays(
+    change: dict[str, object], words: str, store: Storage, region: Region, tmp_path: Path
+) -> None:
+    copy = Storage(tmp_path / "store")
+    shutil.copytree(str(store.root), str(copy.root))
+    path = copy.path("results.duckdb")
+    build_database(copy, region, path)
+    before = path.read_bytes()
+    file = Path(str(copy.table("areas", {"year": 2019, "fold": 1})))
+    frame = pd.read_parquet(file, partitioning=None)
+    for column, value in change.items():
+        frame.loc[frame.index[0], column] = value
+    frame.to_parquet(file)  # behind the platform's back
+    with pytest.raises(ValueError, match=words):
+        build_database(copy, region, path)
+    assert path.read_bytes() == before
+    assert not [f for f in Path(str(copy.root)).iterdir() if "spill" in f.name or f.suffix == ".wal"]
+
+
+def test_tables_that_are_left_out_are_there_and_empty(store: Storage, region: Region, tmp_path: Path) -> None:
+    slim = region.model_copy(update={"publication": region.publication.model_copy(update={"leave_out": ["outlines"]})})
+    counts = build_database(store, slim, tmp_path / "slim.duckdb")
+    assert counts["outlines"] == 0 and counts["areas"] == 29
+    assert query_database(tmp_path / "slim.duckdb", "select left_out from region")["left_out"].tolist() == ["outlines"]
+    with pytest.raises(ValueError, match="can not be left out"):
+        type(region.publication).model_validate({"leave_out": ["areas"]})
+    assert slim.fingerprint() == region.fingerprint(), "what is handed on changes no result"
+
+
+def test_the_page_of_the_schema_is_up_to_date() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "results.md").read_text(encoding="utf-8")
+    assert with_page(page) == page, "run: python -m dl4gam_assets.publication.schema docs/results.md"
