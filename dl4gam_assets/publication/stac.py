@@ -27,6 +27,7 @@ _PARQUET = "application/vnd.apache.parquet"
 _SCIENTIFIC = "https://stac-extensions.github.io/scientific/v1.0.0/schema.json"
 _PROJECTION = "https://stac-extensions.github.io/projection/v2.0.0/schema.json"
 _PROCESSING = "https://stac-extensions.github.io/processing/v1.1.0/schema.json"
+_RASTER = "https://stac-extensions.github.io/raster/v1.1.0/schema.json"
 _MODEL = "https://stac-extensions.github.io/mlm/v1.4.0/schema.json"
 
 
@@ -257,7 +258,7 @@ def _models(
                     }
                 ],
             },
-            stac_extensions=[_MODEL],
+            stac_extensions=[_MODEL, _RASTER],
         )  # fmt: skip
         for row in mine.itertuples():
             model.add_asset(
@@ -267,7 +268,7 @@ def _models(
                     title=f"Weights of member {int(row.member)} (SHA-256 {row.sha256})",
                     media_type="application/octet-stream",
                     roles=["mlm:model", "mlm:weights"],
-                    extra_fields={"mlm:artifact_type": "safetensors", "bands": [{"name": c} for c in channels]},
+                    extra_fields={"mlm:artifact_type": "safetensors", "raster:bands": [{"name": c} for c in channels]},
                 ),
             )
         found[fold] = model

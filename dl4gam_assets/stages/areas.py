@@ -149,12 +149,18 @@ def _groups_of(taus: pd.DataFrame) -> list[dict[str, Any]]:
 def _tau_of(site: Site, glacier_id: str, fold: int, column: str = "tau") -> float:
     """The glacier's own tau; the fold's widest where the glacier was not mapped in the inventory year."""
     taus = cached_table(site, "taus", fold=fold)
-    own = rows_of(taus, glacier_id)[column]
+    own = rows_of(taus, glacier_id)[column].astype(float)
     if len(own):
         return float(own.iloc[0])
     if len(taus):
-        return float(taus[column].min())
+        return float(taus[column].astype(float).min())
     raise UpstreamError(f"fold {fold} has no tau: no glacier of it was mapped in the inventory year")
+
+
+def _taus_by_rule(site: Site, glacier_id: str, fold: int) -> dict[str, float]:
+    """The glacier's tau by every rule; without those that an older version did not write."""
+    found = {rule: _tau_of(site, glacier_id, fold, f"tau_{rule}") for rule in INTERVAL_RULES}
+    return {rule: tau for rule, tau in found.items() if np.isfinite(tau)}
 
 
 def area_of(site: Site, year: int, fold: int, glacier_id: str) -> dict[str, Any]:
@@ -174,7 +180,7 @@ def area_of(site: Site, year: int, fold: int, glacier_id: str) -> dict[str, Any]
             row = area_row(
                 prediction["mean"], prediction["std"], cube, _tau_of(site, glacier_id, fold),
                 threshold=site.region.inference.threshold, shares=_shares_of(site, glacier_id, cube),
-                other_taus={rule: _tau_of(site, glacier_id, fold, f"tau_{rule}") for rule in INTERVAL_RULES},
+                other_taus=_taus_by_rule(site, glacier_id, fold),
             )  # fmt: skip
     return row
 

@@ -19,14 +19,14 @@ import yaml
 from referencing import Registry, Resource
 
 from dl4gam_assets.publication.export import ExportError, export_year
-from dl4gam_assets.publication.stac import _MODEL, _PROCESSING, _PROJECTION, _SCIENTIFIC
+from dl4gam_assets.publication.stac import _MODEL, _PROCESSING, _PROJECTION, _RASTER, _SCIENTIFIC
 from dl4gam_assets.settings import PublicationSettings
 from dl4gam_assets_tests.small_region import Small
 
 SCHEMAS = Path(__file__).parent / "schemas"
 EXTENSIONS = {
     _MODEL: "mlm-v1.4.0", _PROCESSING: "processing-v1.1.0", _PROJECTION: "projection-v2.0.0",
-    _SCIENTIFIC: "scientific-v1.0.0",
+    _SCIENTIFIC: "scientific-v1.0.0", _RASTER: "raster-v1.1.0",
 }  # fmt: skip
 
 

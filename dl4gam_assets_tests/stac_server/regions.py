@@ -167,6 +167,13 @@ def differences(one: Storage, other: Storage, years: Sequence[int]) -> list[str]
 
 def _comparable(frame: pd.DataFrame) -> pd.DataFrame:
     """A table in a fixed order, without addresses and sizes of files."""
-    plain = frame.drop(columns=[c for c in ("hrefs", "size_bytes") if c in frame])
+    plain = stated(frame.drop(columns=[c for c in ("hrefs", "size_bytes") if c in frame]))
     keys = [c for c in ("glacier_id", "date", "scene_ids") if c in plain]
     return plain.sort_values(keys).reset_index(drop=True)
+
+
+def stated(frame: pd.DataFrame) -> pd.DataFrame:
+    """A table with the checksums as items state them: files on disk have their own identity behind it."""
+    if "checksums" not in frame:
+        return frame
+    return frame.assign(checksums=frame["checksums"].str.replace(r" \d+:[0-9a-f]{16}", "", regex=True))
