@@ -282,6 +282,7 @@ def build_database(storage: Storage, region: Region, path: UPath | os.PathLike[s
             str(temporary), config={"memory_limit": MEMORY, "temp_directory": str(scratch), **_QUIET}
         )
         try:
+            connection.execute("SET enable_progress_bar = false")
             for table in TABLES.values():
                 with _local_parts(storage, table.name) as found:
                     files = [] if table.name in left_out else found

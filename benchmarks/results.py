@@ -1,0 +1,152 @@
+"""Results of the whole world: 215,000 glaciers and 10 years into results.duckdb, and how fast it answers.
+
+    python benchmarks/results.py [--glaciers 215000] [--years 10] [--store FOLDER]
+
+Tables are generated with the real schema (areas, changes, lineage, glaciers; images, zones and outlines are left out, as
+`publication.leave_out` does for such regions) and built by the platform's own function in a process of its own,
+whose peak memory is measured. Every query of the list is timed warm, the median of five.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import geopandas as gpd
+import numpy as np
+import pandas as pd
+import shapely
+
+from dl4gam_assets.publication import build_database
+from dl4gam_assets.settings import load_region
+from dl4gam_assets.storage import Storage
+
+FOLDS = 5
+QUERIES = {
+    "time series of a glacier": "select * from glacier_time_series where glacier_id = '{glacier}'",
+    "largest losses": "select * from largest_losses limit 20",
+    "totals by country": "select * from changes_by_country limit 100",
+    "lineage of an estimate": "select * from lineage where glacier_id = '{glacier}' and year = {year}",
+    "area of a year": "select sum(area_km2) from areas where year = {year}",
+    "flagged glaciers of a year": "select count(*) from changes where year = {year} and not ok",
+}
+
+
+def write_tables(storage: Storage, n: int, years: list[int]) -> None:
+    """Tables of `n` glaciers: areas of a power law, shrinking with noise."""
+    rng = np.random.default_rng(1)
+    ids = np.array([f"RGI70-{1 + i % 19:02d}.{i:06d}" for i in range(n)], dtype=object)
+    area = np.exp(rng.normal(-1.2, 1.4, n)) + 0.1
+    lon, lat = rng.uniform(-170, 170, n), rng.uniform(-75, 80, n)
+    side = np.sqrt(area) / 222
+    glaciers = gpd.GeoDataFrame(
+        {
+            "glacier_id": ids, "glacier_int": np.arange(1, n + 1), "name": "", "lon": lon, "lat": lat,
+            "country": np.array(["CH", "AT", "NO", "CL", "NP", "CA"])[np.arange(n) % 6],
+            "inventory_date": pd.Timestamp("2015-08-20"), "inventory_area_km2": area, "utm_epsg": 32632,
+            "modelled": True,
+        },
+        geometry=shapely.box(lon - side, lat - side, lon + side, lat + side), crs=4326,
+    )  # fmt: skip
+    storage.write_table("glaciers", glaciers)
+    fold = 1 + np.arange(n) % FOLDS
+    first: pd.DataFrame | None = None
+    for year in years:
+        now = area * (1 - 0.012 * (year - years[0])) * np.exp(rng.normal(0, 0.02, n))
+        std = 0.05 * now
+        areas = pd.DataFrame(
+            {
+                "glacier_id": ids, "area_km2": now, "lower_km2": now - std, "upper_km2": now + std, "std_km2": std,
+                "image_date": pd.Timestamp(f"{year}-08-25"), "tau": 0.3, "inventory_area_km2": area, "recall": 0.95,
+                "usable_share": 0.98, "filled_share": 0.02,
+            }
+        )  # fmt: skip
+        lineage = pd.DataFrame(
+            {
+                "glacier_id": ids, "scene_ids": [f"S2A_32T_{year}0825_{i % 5000}" for i in range(n)],
+                "image_date": pd.Timestamp(f"{year}-08-25"), "cube_fingerprint": "0123456789abcdef",
+                "member_sha256": "a" * 64, "calibration_fingerprint": "c" * 16, "prediction_fingerprint": "p" * 16,
+                "settings_fingerprint": "s" * 16, "code_version": "0.1.0", "time": pd.Timestamp("2026-11-15"),
+            }
+        )  # fmt: skip
+        for f in range(1, FOLDS + 1):
+            mine = fold == f
+            storage.write_table("areas", areas[mine], {"year": year, "fold": f})
+            storage.write_table("lineage", lineage[mine], {"year": year, "fold": f})
+        if first is None:
+            first = areas.assign(year=year, fold=fold)
+            storage.write_table("baseline_areas", first)
+            continue
+        span = float(year - years[0])
+        rate = (now - first["area_km2"].to_numpy()) / span
+        rate_std = np.hypot(std, first["std_km2"].to_numpy()) / span
+        storage.write_table(
+            "changes",
+            pd.DataFrame(
+                {
+                    "glacier_id": ids, "baseline_year": years[0], "baseline_date": pd.Timestamp(f"{years[0]}-08-25"),
+                    "image_date": pd.Timestamp(f"{year}-08-25"), "years": span,
+                    "baseline_area_km2": first["area_km2"].to_numpy(), "baseline_std_km2": first["std_km2"].to_numpy(),
+                    "area_km2": now, "std_km2": std, "rate_km2_per_year": rate, "rate_std_km2_per_year": rate_std,
+                    "rate_pct_per_year": 100 * rate / area, "rate_std_pct_per_year": 100 * rate_std / area,
+                    "snr": np.abs(rate) / rate_std, "recall": 0.95, "flag_snr": np.abs(rate) < rate_std,
+                    "flag_recall": False, "flag_cloud": False, "flag_filled": False, "flag_growth": rate > 3 * rate_std,
+                    "flags": "", "ok": np.abs(rate) >= rate_std,
+                }
+            ),
+            {"year": year},
+        )  # fmt: skip
+
+
+def build(root: str, queue: Any) -> None:
+    region = load_region("demo", {"publication.leave_out": ["candidates", "scenes", "zones", "outlines"]})
+    start = time.perf_counter()
+    counts = build_database(Storage(root), region, Path(root) / "results.duckdb")
+    seconds = time.perf_counter() - start
+    queue.put((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, sum(counts.values())))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--glaciers", type=int, default=215_000)
+    parser.add_argument("--years", type=int, default=10)
+    parser.add_argument("--store", type=Path)
+    wish = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        root = wish.store or Path(folder)
+        years = list(range(2015, 2015 + wish.years))
+        if not (root / "tables").exists():
+            write_tables(Storage(root), wish.glaciers, years)
+        context = multiprocessing.get_context("spawn")
+        queue = context.Queue()
+        process = context.Process(target=build, args=(str(root), queue))
+        process.start()
+        seconds, peak_mb, rows = queue.get()
+        process.join()
+        file = root / "results.duckdb"
+        print(f"{rows} rows in {seconds:.1f} s, peak {peak_mb:.0f} MB, file {file.stat().st_size / 1e6:.0f} MB")
+        took = {}
+        with duckdb.connect(str(file), read_only=True) as db:
+            glacier = db.execute("select glacier_id from areas limit 1 offset 100000").fetchone()
+            for name, sql in QUERIES.items():
+                text = sql.format(glacier=glacier[0] if glacier else "", year=years[-1])
+                times = []
+                for _ in range(6):
+                    start = time.perf_counter()
+                    db.execute(text).fetchall()
+                    times.append(time.perf_counter() - start)
+                took[name] = round(1000 * float(np.median(times[1:])), 1)
+        print(json.dumps({"milliseconds": took}, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
