@@ -2,8 +2,8 @@
 
     python benchmarks/results.py [--glaciers 215000] [--years 10] [--store FOLDER]
 
-Tables are generated with the real schema (areas, changes, lineage, glaciers; images, zones and outlines are left out, as
-`publication.leave_out` does for such regions) and built by the platform's own function in a process of its own,
+Tables are generated with the real schema (areas, changes, lineage, glaciers; images, zones and outlines are left
+out, as `publication.leave_out` does for such regions) and built by the platform's own function in a process of its own,
 whose peak memory is measured. Every query of the list is timed warm, the median of five.
 """
 

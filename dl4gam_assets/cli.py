@@ -1,4 +1,4 @@
-"""The command ``dl4gam``: demo, materialize, query, explain, plate, status, regions, ui.
+"""The command ``dl4gam``: demo, materialize, query, explain, reproduce, diff, export, validate, plate, status, ui, ...
 
 Belongs here: words, options and output of the command line.
 Does not belong here: work. Each command calls one function of another module; Dagster is imported only by the commands

@@ -75,7 +75,10 @@ def build(p: Partitions) -> list[dg.AssetsDefinition]:
         deps=[baseline_cubes, "cross_validation_folds"],
     )  # fmt: skip
     def band_ratio_baseline(context: dg.AssetExecutionContext, workspace: WorkspaceResource) -> None:
-        """The classical threshold that the ensemble has to beat, fitted on the same training glaciers."""
+        """What the ensemble has to beat: a classical band-ratio threshold and, if the region asks for it, a Random Forest.
+
+        Both are fitted on the same training and validation glaciers.
+        """
         each_partition(
             context,
             workspace.open(context),
