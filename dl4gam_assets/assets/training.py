@@ -75,7 +75,7 @@ def build(p: Partitions) -> list[dg.AssetsDefinition]:
         deps=[baseline_cubes, "cross_validation_folds"],
     )  # fmt: skip
     def band_ratio_baseline(context: dg.AssetExecutionContext, workspace: WorkspaceResource) -> None:
-        """What the ensemble has to beat: a classical band-ratio threshold and, if the region asks for it, a Random Forest.
+        """What the ensemble has to beat: a classical band-ratio threshold and, if the region wants it, a Random Forest.
 
         Both are fitted on the same training and validation glaciers.
         """
