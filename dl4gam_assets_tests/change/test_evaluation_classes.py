@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import geopandas as gpd
 import numpy as np
 import pandas as pd
 import pytest
+import shapely
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -101,6 +103,9 @@ def test_the_view_gives_the_figures_of_the_function(tmp_path: Path) -> None:
             ignore_index=True,
         )
         storage.write_table("evaluation", rows.join(classes, on="glacier_id"), {"fold": fold})
+    squares = shapely.box(10, 46 + np.arange(len(GLACIERS)), 10.01, 46.01 + np.arange(len(GLACIERS)))
+    known = GLACIERS.assign(glacier_int=range(1, len(GLACIERS) + 1), lon=10.0, lat=46.0, utm_epsg=32632, modelled=True)
+    storage.write_table("glaciers", gpd.GeoDataFrame(known, geometry=squares, crs=4326))
     build_database(storage, load_region("demo"), tmp_path / "results.duckdb")
     view = query_database(tmp_path / "results.duckdb", "from evaluation_by_class")
     keys = ["method", "scope", "grouping", "group"]
