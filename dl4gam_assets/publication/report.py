@@ -18,6 +18,7 @@ from upath import UPath
 
 from dl4gam_assets.settings import Region
 from dl4gam_assets.storage import Storage
+from dl4gam_assets.tables import INTERVAL_RULES
 
 PAPER = (
     "Diaconu, C.-A., Zekollari, H., and Bamber, J. L. (2025). Earth and Space Science, 12(9), e2025EA004197. "
@@ -272,12 +273,18 @@ def _coverage(storage: Storage, region: Region) -> dict[str, Any] | None:
     inside = (areas["lower_km2"] <= areas["inventory_area_km2"]) & (areas["inventory_area_km2"] <= areas["upper_km2"])
     n = len(areas)
     share = float(inside.mean())
+    known = areas["inventory_area_km2"]
+    rules = {
+        rule: float(known.between(areas[f"lower_{rule}_km2"], areas[f"upper_{rule}_km2"]).mean())
+        for rule in INTERVAL_RULES
+        if f"lower_{rule}_km2" in areas and areas[f"lower_{rule}_km2"].notna().all()
+    }
     # Wilson's interval for one standard deviation: honest for shares near 0 and 1, where the usual one vanishes.
     middle = (share + 0.5 / n) / (1 + 1 / n)
     half = float(np.sqrt(share * (1 - share) / n + 0.25 / n**2)) / (1 + 1 / n)
     return {
         "inside": int(inside.sum()), "n": n, "share": share, "target": region.calibration.coverage,
-        "low": max(middle - half, 0.0), "high": min(middle + half, 1.0),
+        "low": max(middle - half, 0.0), "high": min(middle + half, 1.0), "rules": rules,
     }  # fmt: skip
 
 
