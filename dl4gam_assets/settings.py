@@ -704,6 +704,12 @@ class PublicationSettings(_Strict):
     title: str = Field("", description="Title of the data set; made of the region's title where empty.")
     doi: str | None = Field(None, pattern=r"^10\.\d{4,9}/\S+$", description="DOI of the data set, once it has one.")
     version: str = Field("", description="Version of the data set; the year where empty.")
+    report_glaciers: int = Field(
+        24,
+        ge=0,
+        le=200,
+        description="Glaciers whose chosen images and origin a year's report holds: about 20 kB a year and glacier.",
+    )
     leave_out: list[str] = Field(
         [],
         description="Tables that results.duckdb holds empty, for regions of tens of thousands of glaciers: candidates, "

@@ -235,6 +235,24 @@ class Storage:
         self.write_json(self.state_path(asset, partition), dict(state))
 
 
+class Snapshot(Storage):
+    """A storage that reads each table once: for asking the same tables many times, as a report does.
+
+    The frames are shared: do not change them.
+    """
+
+    def __init__(self, storage: Storage):
+        super().__init__(storage.root)
+        self._read: dict[str, pd.DataFrame] = {}
+
+    def read_table(self, name: str, **where: object) -> pd.DataFrame:
+        """As :meth:`Storage.read_table`, from memory where it was asked for before."""
+        key = f"{name} {sorted(where.items())}"
+        if key not in self._read:
+            self._read[key] = super().read_table(name, **where)
+        return self._read[key]
+
+
 def _matches(text: str, value: object) -> bool:
     if isinstance(value, (list, tuple, set, frozenset)):
         return any(text == str(v) for v in value)

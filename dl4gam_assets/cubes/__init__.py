@@ -22,6 +22,9 @@ _HOMES = {
     "content_fingerprint": "files",
     "cube_channels": "channels",
     "channel_stack": "channels",
+    "true_colour": "pictures",
+    "white_point": "pictures",
+    "shown_bands": "pictures",
 }
 
 __all__ = sorted(_HOMES)

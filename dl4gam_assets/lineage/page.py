@@ -5,9 +5,32 @@ Belongs here: HTML of an :class:`~dl4gam_assets.lineage.explanation.Explanation`
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dl4gam_assets.lineage.explanation import Explanation
+
+if TYPE_CHECKING:
+    import jinja2
+
+#: The story itself, in the page of one estimate and in reports of many. ``open``: how many tables stand open.
+_STORY = """{% for note in e.notes %}<p class="note">{{ note }}</p>{% endfor %}
+<h{{ level }}>From the number to the pixels</h{{ level }}>
+<div class="tree"><ul>{% for node in tree recursive %}<li>{{ node.text }}
+{%- if node.children %}<ul>{{ loop(node.children) }}</ul>{% endif %}</li>{% endfor %}</ul></div>
+<h{{ level }}>Everything it was made from</h{{ level }}>
+{% for kind, rows in groups %}
+<details{% if loop.index <= open %} open{% endif %}><summary>{{ kind }} ({{ rows|length }})</summary>
+<div class="wide"><table>
+<tr><th>name</th><th>where</th><th>checksum, fingerprint or version</th><th>made by</th><th>when (UTC)</th></tr>
+{% for r in rows %}<tr><td>{{ r.name }}</td><td class="mono">{{ r.address or "" }}</td>
+<td class="mono">{{ r.checksum or "" }}</td>
+<td class="mono">{% if r.asset %}{{ r.asset }} [{{ r.partition }}]{% if r.run_id %}<br>run {{ r.run_id }}{% endif %}
+{%- endif %}</td><td>{{ r.time.strftime("%Y-%m-%d %H:%M") if r.time else "" }}</td></tr>
+{% endfor %}</table></div></details>
+{% endfor %}
+<p class="quiet">Made {{ e.provenance.time.strftime("%Y-%m-%d %H:%M") }} UTC
+by dl4gam_assets {{ e.provenance.code_version }}.
+Make it again with <code>dl4gam reproduce {{ e.glacier.glacier_id }} --year {{ e.estimate.year }}</code>.</p>"""
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -32,39 +55,39 @@ _PAGE = """<!doctype html>
 <p><span class="big">{{ "%.4f"|format(e.estimate.area_km2) }} km<sup>2</sup></span><br>
 interval {{ "%.4f"|format(e.estimate.lower_km2) }} to {{ "%.4f"|format(e.estimate.upper_km2) }} km<sup>2</sup>
 (calibrated to hold the true area about two times in three)</p>
-{% for note in e.notes %}<p class="note">{{ note }}</p>{% endfor %}
-<h2>From the number to the pixels</h2>
-<div class="tree"><ul>{% for node in tree recursive %}<li>{{ node.text }}
-{%- if node.children %}<ul>{{ loop(node.children) }}</ul>{% endif %}</li>{% endfor %}</ul></div>
-<h2>Everything it was made from</h2>
-{% for kind, rows in groups %}
-<details{% if loop.index <= 2 %} open{% endif %}><summary>{{ kind }} ({{ rows|length }})</summary>
-<div class="wide"><table>
-<tr><th>name</th><th>where</th><th>checksum, fingerprint or version</th><th>made by</th><th>when (UTC)</th></tr>
-{% for r in rows %}<tr><td>{{ r.name }}</td><td class="mono">{{ r.address or "" }}</td>
-<td class="mono">{{ r.checksum or "" }}</td>
-<td class="mono">{% if r.asset %}{{ r.asset }} [{{ r.partition }}]{% if r.run_id %}<br>run {{ r.run_id }}{% endif %}
-{%- endif %}</td><td>{{ r.time.strftime("%Y-%m-%d %H:%M") if r.time else "" }}</td></tr>
-{% endfor %}</table></div></details>
-{% endfor %}
-<p class="quiet">Made {{ e.provenance.time.strftime("%Y-%m-%d %H:%M") }} UTC
-by dl4gam_assets {{ e.provenance.code_version }}.
-Make it again with <code>dl4gam reproduce {{ e.glacier.glacier_id }} --year {{ e.estimate.year }}</code>.</p>
+{{ story | safe }}
 </body></html>
 """
 
 
 def explanation_page(story: Explanation, region: str = "") -> str:
     """HTML of an estimate's explanation: self-contained, without scripts. ``region``: title of the region."""
-    import jinja2
+    fragment = explanation_fragment(story, level=2, open_tables=2)
+    return _environment().from_string(_PAGE).render(e=story, region=region, story=fragment)
 
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+
+def explanation_fragment(story: Explanation, *, level: int = 4, open_tables: int = 0) -> str:
+    """The story of an estimate as HTML to stand inside a page: notes, tree, and a table for each kind of input.
+
+    Parameters
+    ----------
+    level : of its headings
+    open_tables : how many of the tables stand open; the others are folded
+    """
     groups: dict[str, list[Any]] = {}
     for record in story.inputs:
         groups.setdefault(record.kind, []).append(record)
-    return environment.from_string(_PAGE).render(
-        e=story, region=region, tree=_tree(story.lines()), groups=list(groups.items())
+    return (
+        _environment()
+        .from_string(_STORY)
+        .render(e=story, tree=_tree(story.lines()), groups=list(groups.items()), level=level, open=open_tables)
     )
+
+
+def _environment() -> jinja2.Environment:
+    import jinja2
+
+    return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
 
 
 def _tree(lines: list[tuple[int, str]]) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ import pandas as pd
 from upath import UPath
 
 from dl4gam_assets.settings import Region
-from dl4gam_assets.storage import Storage
+from dl4gam_assets.storage import Snapshot, Storage
 from dl4gam_assets.tables import INTERVAL_RULES
 
 PAPER = (
@@ -27,6 +27,7 @@ PAPER = (
 #: Rows of the tables of glaciers and of failures that are shown.
 SHOWN = 15
 CLOSE_UPS = 6
+_STATE = ("run_id", "code_version", "time", "output")
 _METHOD_NAMES = {
     "extrapolated": "all glaciers (extrapolated)",
     "extrapolated_without_snr": "all glaciers, without the signal-to-noise filter",
@@ -49,7 +50,10 @@ _FLAGS = {
 
 
 def write_report(storage: Storage, region: Region, year: int, path: UPath | os.PathLike[str]) -> None:
-    """Write the report of ``year`` as one self-contained HTML file (no script, no link to a resource).
+    """Write the report of ``year`` as one self-contained HTML file: no address in it leads out of it.
+
+    Its only scripts are the map's (Leaflet and ours); the page's own policy allows these two by their hashes. Without
+    scripts, and on paper, a drawn map stands in the map's place.
 
     Raises
     ------
@@ -63,6 +67,8 @@ def render(content: dict[str, Any]) -> str:
     """HTML of what :func:`collect` gathered; everything that comes from data is escaped."""
     import jinja2
 
+    from dl4gam_assets.publication.web_map import as_json
+
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -70,6 +76,7 @@ def render(content: dict[str, Any]) -> str:
     environment.filters["percent"] = lambda v, digits=0: number(None if _null(v) else 100 * float(v), digits)
     environment.filters["sentence"] = lambda v: v[:1].upper() + v[1:]
     environment.filters["day"] = lambda v: "" if _null(v) else f"{pd.Timestamp(v):%Y-%m-%d}"
+    environment.filters["json_in_html"] = as_json
     text = (resources.files("dl4gam_assets.publication") / "templates" / "report.html").read_text(encoding="utf-8")
     return environment.from_string(text).render(content)
 
@@ -88,6 +95,7 @@ def collect(storage: Storage, region: Region, year: int) -> dict[str, Any]:
     """Everything that the page shows, as plain values and image addresses."""
     from dl4gam_assets import __version__
 
+    storage = Snapshot(storage)
     baseline_year = region.years.baseline
     regional = storage.read_table("regional_changes")
     regional = regional[regional["year"] <= year] if year >= baseline_year else regional[regional["year"] == year]
@@ -99,6 +107,10 @@ def collect(storage: Storage, region: Region, year: int) -> dict[str, Any]:
     areas = storage.read_table("areas", year=year)
     changes = storage.read_table("changes", year=year)
     is_baseline = year == baseline_year
+    largest = _largest(changes, glaciers)
+    closely = _closely(changes, glaciers, areas, region.publication.report_glaciers)
+    told = list(dict.fromkeys([*(r["glacier_id"] for r in largest), *closely]))
+    stories = _stories(storage, region, told, sorted({baseline_year, year}, reverse=True))
     return {
         "title": region.title or region.name,
         "region": region,
@@ -121,7 +133,11 @@ def collect(storage: Storage, region: Region, year: int) -> dict[str, Any]:
         **_series(regional, baseline_year),
         **_classes(mine, region),
         "countries": _countries(mine),
-        "largest": _largest(changes, glaciers),
+        "largest": largest,
+        **_live_map(storage, glaciers, regional, year, baseline_year, closely, stories),
+        "stories": stories,
+        "anchors": {story["glacier_id"]: story["anchor"] for story in stories},
+        "origin": _origin(storage, regional, year),
         "quality": _quality(storage),
         "coverage": _coverage(storage, region),
         "calibration": storage.read_table("calibration").drop_duplicates("fold").sort_values("fold").to_dict("records"),
@@ -193,6 +209,79 @@ def _maps(
             first, second, third = (f[f["glacier_id"].isin(ids)] for f in (before, now, upper))
             out["close_ups"] = figures.close_ups(ids, titles, first, second, third, epsg)
             out["close_up_names"] = titles
+    return out
+
+
+def _closely(changes: pd.DataFrame, glaciers: pd.DataFrame, areas: pd.DataFrame, n: int) -> list[str]:
+    """Glaciers whose images the map shows: half by the size of their change, the others by their area."""
+    measured = glaciers[glaciers["glacier_id"].isin(areas["glacier_id"])]
+    by_area = measured.nlargest(n, "inventory_area_km2")["glacier_id"].astype(str).tolist()
+    by_change: list[str] = []
+    if len(changes):
+        size = (changes["area_km2"] - changes["baseline_area_km2"]).abs()
+        by_change = changes.loc[size.nlargest(-(-n // 2)).index, "glacier_id"].astype(str).tolist()
+    return list(dict.fromkeys([*by_change, *by_area]))[:n]
+
+
+def _live_map(
+    storage: Storage,
+    glaciers: Any,
+    regional: pd.DataFrame,
+    year: int,
+    baseline_year: int,
+    closely: list[str],
+    stories: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """Data, scripts and style of the map that can be moved, and the policy that allows these scripts."""
+    from dl4gam_assets.publication import web_map
+
+    if glaciers.empty:
+        return {"live_map": None, "script_policy": "'none'"}
+    years = sorted({baseline_year, year, *regional["year"].astype(int)})
+    anchors = {story["glacier_id"]: story["anchor"] for story in stories}
+    leaflet, style, ours = web_map.library()
+    return {
+        "live_map": {
+            "data": web_map.map_data(storage, glaciers, years, baseline_year, year, closely, anchors),
+            "leaflet": leaflet, "style": style, "script": ours,
+        },
+        "script_policy": f"{web_map.policy_hash(leaflet)} {web_map.policy_hash(ours)}",
+    }  # fmt: skip
+
+
+def _stories(storage: Storage, region: Region, ids: list[str], years: list[int]) -> list[dict[str, Any]]:
+    """Where the numbers of some glaciers come from, the year's first. None of a glacier without lineage."""
+    from dl4gam_assets.lineage import LineageError, explain
+    from dl4gam_assets.lineage.page import explanation_fragment
+
+    out = []
+    for number_, glacier in enumerate(ids, start=1):
+        parts = []
+        name = ""
+        for year in years:
+            try:
+                story = explain(storage, region, glacier, year)
+            except LineageError:
+                continue
+            name = str(story.glacier.get("name") or "")
+            parts.append({"year": year, "html": explanation_fragment(story)})
+        if parts:
+            out.append({"anchor": f"from-{number_}", "glacier_id": glacier, "name": name, "parts": parts})
+    return out
+
+
+def _origin(storage: Storage, regional: pd.DataFrame, year: int) -> list[dict[str, Any]]:
+    """The partitions that the year's totals were made of, the last step first: asset, partition, run, version, time."""
+    years = sorted({int(y) for y in regional["year"]} | {year}, reverse=True)
+    wanted = [("regional_change", str(y)) for y in years] + [("area_change", str(year))]
+    areas = storage.path("state", "glacier_areas")
+    names = sorted(f.stem for f in areas.glob("*.json")) if areas.exists() else []
+    wanted += [("glacier_areas", name) for name in names if name.split(".")[0] == str(year)]
+    out = []
+    for asset, partition in wanted:
+        state = storage.read_state(asset, partition)
+        if state:
+            out.append({"asset": asset, "partition": partition, **{k: state.get(k) for k in _STATE}})
     return out
 
 

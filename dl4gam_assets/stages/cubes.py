@@ -104,7 +104,7 @@ def cube_of(site: Site, year: int, glacier_id: str, wanted: str, stamp: str) -> 
 
 def cube_preview(site: Site, year: int, glacier_id: str) -> bytes:
     """The inventory outline over the selected image."""
-    from dl4gam_assets.cubes import cube_mask, open_cube
+    from dl4gam_assets.cubes import cube_mask, open_cube, true_colour
 
     storage = site.storage
     with storage.reading(storage.cube(year, glacier_id)) as local, open_cube(local) as cube:
@@ -112,7 +112,7 @@ def cube_preview(site: Site, year: int, glacier_id: str) -> bytes:
         outline = cube_mask(cube, "glacier")
         date = str(cube.attrs["image_date"])[:10]
     return previews.contours(
-        previews.true_colour(bands), [(outline, "#ffd400", "inventory")], f"{glacier_id}, {date}",
+        true_colour(bands), [(outline, "#ffd400", "inventory")], f"{glacier_id}, {date}",
         site.region.imagery.sensor.pixel_m,
     )  # fmt: skip
 

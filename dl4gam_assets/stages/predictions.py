@@ -87,7 +87,7 @@ def prediction_of(
 
 def prediction_preview(site: Site, year: int, glacier_id: str) -> bytes:
     """Inventory and predicted outline over the image."""
-    from dl4gam_assets.cubes import cube_mask, open_cube
+    from dl4gam_assets.cubes import cube_mask, open_cube, true_colour
     from dl4gam_assets.ensemble import read_prediction
 
     storage = site.storage
@@ -98,7 +98,7 @@ def prediction_preview(site: Site, year: int, glacier_id: str) -> bytes:
     with storage.reading(storage.prediction(year, glacier_id)) as local:
         predicted = read_prediction(local)["mean"] >= site.region.inference.threshold
     return previews.contours(
-        previews.true_colour(bands),
+        true_colour(bands),
         [(outline, "#ffffff", "inventory"), (predicted & zone, "#ff7f00", "predicted")],
         f"{glacier_id}, {date}",
         site.region.imagery.sensor.pixel_m,

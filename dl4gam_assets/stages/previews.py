@@ -6,7 +6,7 @@ Belongs here: drawing for people. Does not belong here: numbers that anything el
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -46,25 +46,6 @@ def outlines_map(glaciers: Any, column: str | None = None, title: str = "") -> b
     axes.set_title(title, fontsize=9)
     axes.tick_params(labelsize=7)
     return _png(figure, 48)
-
-
-def true_colour(reflectance: Mapping[str, np.ndarray]) -> np.ndarray:
-    """RGB picture (H, W, 3) uint8 of the best bands there are; missing pixels are grey.
-
-    Natural colour where red, green and blue exist, otherwise the three brightest-named bands in their order.
-    """
-    names = list(reflectance)
-    order = ["red", "green", "blue"] if {"red", "green", "blue"} <= set(names) else (names * 3)[:3]
-    bands = []
-    for name in order:
-        band = np.asarray(reflectance[name], dtype=np.float32)
-        bands.append(band)
-    stack = np.stack(bands, axis=-1)
-    good = np.isfinite(stack).all(axis=-1)
-    high = float(np.percentile(stack[good], 98)) if good.any() else 1.0
-    picture = np.clip(stack / max(high, 1e-6), 0, 1) ** 0.7
-    picture[~good] = 0.5
-    return (picture * 255).astype(np.uint8)
 
 
 def contours(

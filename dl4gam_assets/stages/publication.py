@@ -67,6 +67,7 @@ def report(ws: Workspace, year: int, *, force: bool = False) -> StageResult:
         "outlines": ws.upstream("glacier_outlines", str(year)),
         "evaluation": {f: ws.upstream_or_none("evaluation", fold_label(f)) for f in range(1, ws.region.folds.n + 1)},
         "settings": ws.region.fingerprint("evaluation", "inventory", "title", "description"),
+        "shown": ws.region.publication.report_glaciers,
         "failures": frame_fingerprint(ws.storage.read_table("failures"), ["time"]),
     }
     return run_stage(ws, "report", str(year), inputs, work, force=force or not path.exists())

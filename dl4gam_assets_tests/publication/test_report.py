@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import base64
+import hashlib
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
+import shapely
 
-from dl4gam_assets.publication import write_report
+from dl4gam_assets.publication import web_map, write_report
 from dl4gam_assets.publication.report import collect, number
 from dl4gam_assets.settings import Region
 from dl4gam_assets.storage import Storage
@@ -37,7 +41,7 @@ class Page(HTMLParser):
         self.open.pop()
 
     def handle_data(self, data: str) -> None:
-        if not self.open or self.open[-1] != "style":
+        if not self.open or self.open[-1] not in ("style", "script"):
             self.text += data
 
 
@@ -52,9 +56,52 @@ def test_the_page_is_well_formed_and_needs_nothing_else(html: str) -> None:
     page = Page(html)
     assert page.open == []
     sources = [v for _, a in page.tags for k, v in a.items() if k in ("src", "href", "srcset")]
-    assert sources and all(s is not None and s.startswith("data:image/") for s in sources)
-    assert not {"script", "link", "iframe"} & {t for t, _ in page.tags}
-    assert "url(" not in re.sub(r"data:[^\"]+", "", html)
+    assert sources and all(s is not None and s.startswith(("data:image/", "#")) for s in sources)
+    assert not {"link", "iframe", "object"} & {t for t, _ in page.tags}
+    assert not any("url(" in style for style in re.findall(r"<style>(.*?)</style>", html, re.DOTALL))
+
+
+def test_the_policy_allows_the_two_scripts_of_the_map_and_no_other(html: str) -> None:
+    scripts = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
+    assert len(scripts) == 2 and "Leaflet 1.9" in scripts[0][:100]
+    hashes = {f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts}
+    policy = next(a["content"] for t, a in Page(html).tags if t == "meta" and "http-equiv" in a) or ""
+    allowed = policy.split("script-src ")[1].split()
+    assert set(allowed) == hashes and "default-src 'none'" in policy
+
+
+def test_the_data_of_the_map_are_those_of_the_tables(html: str, store: Storage) -> None:
+    data = json.loads(re.findall(r'id="map-data">(.*?)</script>', html, re.DOTALL)[0])
+    glaciers = store.read_table("glaciers")
+    assert data["years"] == [2015, 2019, 2023] and data["left_out"] == 0
+    assert {g["i"] for g in data["glaciers"]} == set(glaciers["glacier_id"])
+    areas = store.read_table("areas", year=2023).set_index("glacier_id")
+    outlines = store.read_table("outlines", year=2023).query("bound == 'best'").set_index("glacier_id")
+    measured = [g for g in data["glaciers"] if "k" in g["y"].get("2023", {})]
+    assert {g["i"] for g in measured} == set(areas.index)
+    for glacier in measured:
+        entry, row = glacier["y"]["2023"], areas.loc[glacier["i"]]
+        assert entry["k"] == pytest.approx([row["area_km2"], row["lower_km2"], row["upper_km2"]], abs=1e-4)
+        (ring,) = entry["o"][0]
+        shape = shapely.Polygon(np.cumsum(np.array(ring).reshape(-1, 2), axis=0) * 1e-5)
+        truth = outlines.geometry[glacier["i"]]
+        assert shape.symmetric_difference(truth).area < 0.02 * truth.area
+    assert all("s" in g for g in data["glaciers"] if not any("o" in e for e in g["y"].values()))
+
+
+def test_many_vertices_are_simplified_and_middle_years_left_out(
+    store: Storage, region: Region, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    glaciers = store.read_table("glaciers")
+    whole = web_map.map_data(store, glaciers, (2015, 2019, 2023), 2015, 2023, ["G11"], {})
+    monkeypatch.setattr(web_map, "MOST_VERTICES", 20)
+    monkeypatch.setattr(web_map, "MOST_GLACIERS", 11)
+    small = web_map.map_data(store, glaciers, (2015, 2019, 2023), 2015, 2023, ["G11"], {})
+    assert small["left_out"] == 1 and whole["left_out"] == 0
+    by_id = {g["i"]: g for g in small["glaciers"]}
+    assert {"o", "lo", "up"} <= set(by_id["G11"]["y"]["2019"])  # shown closely: every year
+    assert "o" not in by_id["G10"]["y"]["2019"] and "k" in by_id["G10"]["y"]["2019"]
+    assert all("o" in by_id["G10"]["y"][y] for y in ("2015", "2023"))
 
 
 def test_pictures_have_alternatives_and_are_drawn(html: str) -> None:
