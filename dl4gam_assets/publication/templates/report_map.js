@@ -108,6 +108,7 @@
   slider.addEventListener("input", () => { year = data.years[Number(slider.value)]; map.closePopup(); draw(); });
   for (const name in wanted) {
     const box = byId("map-" + name);
+    if (!box) continue;
     box.checked = wanted[name];
     box.addEventListener("change", () => { wanted[name] = box.checked; draw(); });
   }
