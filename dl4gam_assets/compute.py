@@ -22,6 +22,10 @@ log = logging.getLogger(__name__)
 _CLIENTS: dict[tuple[int, int] | str, Any] = {}
 
 
+class TransientError(Exception):
+    """What may go away by itself: a server that does not answer, or asks to wait. Worth another attempt later."""
+
+
 @dataclass(frozen=True)
 class Done:
     """Outcome of one task: its value, or the error that ended it."""
@@ -30,6 +34,7 @@ class Done:
     value: Any = None
     error: str | None = None
     kind: str | None = None
+    transient: bool = False
 
     @property
     def ok(self) -> bool:
@@ -46,7 +51,7 @@ def attempt(key: str, function: Callable[..., Any], arguments: Sequence[Any]) ->
     try:
         return Done(key, function(*arguments))
     except Exception as error:
-        return Done(key, error=_message(error), kind=type(error).__name__)
+        return Done(key, error=_message(error), kind=type(error).__name__, transient=isinstance(error, TransientError))
 
 
 def _message(error: Exception) -> str:
@@ -124,7 +129,9 @@ class Mapper:
         if known is not None and known.status == "running":
             return known
         if self.scheduler:
-            _CLIENTS[key] = Client(self.scheduler, set_as_default=False)
+            client = Client(self.scheduler, set_as_default=False)
+            _same_code(client, self.scheduler)
+            _CLIENTS[key] = client
         else:
             import dask
 
@@ -141,6 +148,25 @@ class Mapper:
             _CLIENTS[key] = Client(cluster, set_as_default=False)
         atexit.register(close_clusters)
         return _CLIENTS[key]
+
+
+def _version() -> str:
+    from dl4gam_assets import __version__
+
+    return __version__
+
+
+def _same_code(client: Any, address: str) -> None:
+    """Refuse workers with another version of this package: their results would be recorded as made by this one."""
+    answers = client.run(_version, on_error="return")
+    wrong = {worker: answer for worker, answer in answers.items() if answer != _version()}
+    if wrong:
+        worker, answer = next(iter(wrong.items()))
+        client.close(timeout=5)
+        raise RuntimeError(
+            f"worker {worker} of the dask scheduler {address} has dl4gam_assets {answer}, this process has "
+            f"{_version()}: install the same version on all workers (deploy/ uses one image for all)"
+        )
 
 
 def _spread(

@@ -5,6 +5,7 @@ Does not belong here: any of them. A test or a notebook calls :func:`build_defs`
 patching.
 """
 
+import os
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -42,6 +43,17 @@ def build_assets(region: Region) -> list[dg.AssetsDefinition]:
     return with_conditions([asset for group in _GROUPS for asset in group.build(partitions)])
 
 
+def _executor(region: Region) -> dg.ExecutorDefinition:
+    """Where the steps of a run are done: in a pod each (DL4GAM_EXECUTOR=k8s), or in processes of this machine."""
+    if os.environ.get("DL4GAM_EXECUTOR") == "k8s":
+        from dagster_k8s import k8s_job_executor
+
+        executor: dg.ExecutorDefinition = k8s_job_executor
+        return executor
+    # Small regions would spend their time on starting a process for each step.
+    return dg.in_process_executor if region.compute.partitions_per_run > 1 else dg.multiprocess_executor
+
+
 def build_defs(
     region: Region | str | None = None, resource_overrides: Mapping[str, Any] | None = None
 ) -> dg.Definitions:
@@ -63,7 +75,6 @@ def build_defs(
     partitions = Partitions(settings)
     assets = build_assets(settings)
     jobs = build_jobs(partitions)
-    small = settings.compute.partitions_per_run > 1
     return dg.Definitions(
         assets=assets,
         asset_checks=build_checks(settings, assets),
@@ -71,8 +82,7 @@ def build_defs(
         schedules=build_schedules(partitions),
         sensors=build_sensors(partitions, jobs),
         resources={"workspace": default_workspace(), "webhook": default_webhook(), **(resource_overrides or {})},
-        # Small regions would spend their time on starting a process for each step.
-        executor=dg.in_process_executor if small else dg.multiprocess_executor,
+        executor=_executor(settings),
         metadata={"region": settings.name, "region_title": settings.title},
     )
 

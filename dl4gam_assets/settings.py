@@ -744,6 +744,10 @@ class ComputeSettings(_Strict):
         ge=1,
         description="Partitions that one Dagster run takes; small regions take many to save start-up time.",
     )
+    retries: int = Field(
+        3, ge=0, description="How often Dagster tries a step again in which a server did not answer. 0: never."
+    )
+    retry_delay_s: float = Field(60.0, ge=0, description="Seconds before the first of these attempts; then doubled.")
     concurrent_reads: int = Field(
         0,
         ge=0,

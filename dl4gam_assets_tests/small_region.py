@@ -38,6 +38,7 @@ class Small:
 
     def __init__(self, home: Path):
         self.home = home
+        home.mkdir(parents=True, exist_ok=True)
         raw = yaml.safe_load((Path(__file__).parents[1] / "dl4gam_assets" / "regions" / "demo.yaml").read_text())
         for key, value in SMALL.items():
             node = raw

@@ -44,6 +44,7 @@ def build(p: Partitions) -> list[dg.AssetsDefinition]:
 
     @dg.asset(
         group_name=GROUP, owners=OWNERS, kinds={"parquet", "geopandas"}, partitions_def=p.years, backfill_policy=policy,
+        pool="memory",
         deps=[
             dg.AssetDep("glacier_predictions", partition_mapping=p.of_year),
             dg.AssetDep(interval_taus, partition_mapping=p.every),

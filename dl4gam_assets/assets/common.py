@@ -5,12 +5,14 @@ Does not belong here: assets.
 """
 
 import base64
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
 import dagster as dg
 
+from dl4gam_assets.compute import TransientError
 from dl4gam_assets.settings import Region
 from dl4gam_assets.stages.base import StageResult, Workspace
 
@@ -23,15 +25,35 @@ def backfill_policy(region: Region) -> dg.BackfillPolicy:
     return dg.BackfillPolicy.multi_run(max_partitions_per_run=region.compute.partitions_per_run)
 
 
+def gpu_tags() -> dict[str, Any]:
+    """Tags of the steps of the pool ``gpu`` for Kubernetes: as many GPUs as DL4GAM_K8S_GPUS says (none by default).
+
+    They matter only where each step runs in a pod of its own (DL4GAM_EXECUTOR=k8s).
+    """
+    gpus = os.environ.get("DL4GAM_K8S_GPUS", "0")
+    if not gpus.isdigit():
+        raise ValueError(f"DL4GAM_K8S_GPUS is {gpus!r}: it has to be the number of GPUs of a training step, or unset")
+    if gpus == "0":
+        return {}
+    return {"dagster-k8s/config": {"container_config": {"resources": {"limits": {"nvidia.com/gpu": gpus}}}}}
+
+
 def each_partition(
     context: dg.AssetExecutionContext, ws: Workspace, stage: Callable[[Workspace, str], StageResult]
 ) -> None:
     """Run ``stage(workspace, key)`` for each partition of this run and attach the metadata to that partition.
 
-    A partition that fails is logged and the next one is done; the run then fails with all their names.
+    A partition that fails is logged and the next one is done; the run then fails with all their names. Where a server
+    did not answer, the step is tried again after a while (``compute.retries``); what was made is found to be current.
     """
     if not (context.has_partition_key or context.has_partition_key_range):
-        result = stage(ws, "")
+        try:
+            result = stage(ws, "")
+        except TransientError as error:
+            _try_again(context, ws, str(error))
+            raise
+        if ws.unreachable:
+            _try_again(context, ws, f"{ws.unreachable} glaciers could not be reached")
         context.add_asset_metadata(metadata_of(result))
         _say(context, result)
         return
@@ -42,7 +64,21 @@ def each_partition(
         except Exception as error:
             context.log.error(f"{context.asset_key.to_user_string()} [{key}]: {error}")
             results[key] = error
+    late = [f"[{key}] {error}" for key, error in results.items() if isinstance(error, TransientError)]
+    if ws.unreachable:
+        late.append(f"{ws.unreachable} glaciers could not be reached")
+    if late:
+        _try_again(context, ws, "; ".join(late))
     attach(context, results)
+
+
+def _try_again(context: dg.AssetExecutionContext, ws: Workspace, why: str) -> None:
+    """Ask Dagster for another attempt of this step, unless there were enough of them."""
+    compute, made = ws.region.compute, context.op_execution_context.retry_number
+    if made < compute.retries:
+        wait = compute.retry_delay_s * 2**made
+        context.log.warning(f"{why}: attempt {made + 2} of {compute.retries + 1} in {wait:.0f} s")
+        raise dg.RetryRequested(max_retries=compute.retries, seconds_to_wait=wait)
 
 
 def all_partitions(

@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from dl4gam_assets.assets.common import OWNERS, backfill_policy, each_partition
+from dl4gam_assets.assets.common import OWNERS, backfill_policy, each_partition, gpu_tags
 from dl4gam_assets.partitions import Partitions, fold_of, year_of
 from dl4gam_assets.resources import WorkspaceResource
 from dl4gam_assets.stages import predictions as stages
@@ -20,7 +20,7 @@ def build(p: Partitions) -> list[dg.AssetsDefinition]:
             dg.AssetDep("ensemble", partition_mapping=p.of_fold),
             dg.AssetDep("calibration", partition_mapping=p.of_fold),
         ],
-        pool="device",
+        pool="gpu", op_tags=gpu_tags(),
     )  # fmt: skip
     def glacier_predictions(context: dg.AssetExecutionContext, workspace: WorkspaceResource) -> None:
         """Glacier probability and its spread for each glacier that the fold holds out (cloud-optimized GeoTIFF)."""

@@ -15,7 +15,7 @@ def build(p: Partitions) -> list[dg.AssetsDefinition]:
     allow_missing = {"allow_missing_partitions": True}
 
     @dg.asset(
-        group_name=GROUP, owners=OWNERS, kinds={"duckdb"}, metadata=allow_missing,
+        group_name=GROUP, owners=OWNERS, kinds={"duckdb"}, metadata=allow_missing, pool="memory",
         deps=[
             dg.AssetDep("regional_change", partition_mapping=p.every, metadata=allow_missing),
             "area_trends",

@@ -3,7 +3,7 @@
 import dagster as dg
 from pydantic import Field
 
-from dl4gam_assets.assets.common import OWNERS, all_partitions, backfill_policy, each_partition
+from dl4gam_assets.assets.common import OWNERS, all_partitions, backfill_policy, each_partition, gpu_tags
 from dl4gam_assets.partitions import Partitions, fold_of, member_of
 from dl4gam_assets.resources import WorkspaceResource
 from dl4gam_assets.stages import training as stages
@@ -37,7 +37,7 @@ def build(p: Partitions) -> list[dg.AssetsDefinition]:
 
     @dg.asset(
         group_name=GROUP, owners=OWNERS, kinds={"torch"}, partitions_def=p.fold_member, backfill_policy=policy,
-        deps=[dg.AssetDep(normalization, partition_mapping=p.of_fold), baseline_cubes], pool="device",
+        deps=[dg.AssetDep(normalization, partition_mapping=p.of_fold), baseline_cubes], pool="gpu", op_tags=gpu_tags(),
     )  # fmt: skip
     def ensemble_member(
         context: dg.AssetExecutionContext,
@@ -64,7 +64,7 @@ def build(p: Partitions) -> list[dg.AssetsDefinition]:
 
     @dg.asset(
         group_name=GROUP, owners=OWNERS, kinds={"statsmodels"}, partitions_def=p.folds, backfill_policy=policy,
-        deps=[dg.AssetDep(ensemble, partition_mapping=p.same), baseline_cubes], pool="device",
+        deps=[dg.AssetDep(ensemble, partition_mapping=p.same), baseline_cubes], pool="gpu", op_tags=gpu_tags(),
     )  # fmt: skip
     def calibration(context: dg.AssetExecutionContext, workspace: WorkspaceResource) -> None:
         """Temperatures of the members and the rule of the area interval, from the fold's validation glaciers."""

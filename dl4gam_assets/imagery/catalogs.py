@@ -24,6 +24,7 @@ import pystac
 import shapely
 import shapely.geometry
 
+from dl4gam_assets.compute import TransientError
 from dl4gam_assets.settings import SceneFolder, SensorSettings, StacApi, StacFolder, StacGeoparquet
 
 if TYPE_CHECKING:
@@ -41,6 +42,10 @@ _KEPT = (
 
 class CatalogError(RuntimeError):
     """A catalog that can not be read. The message names it and says what to do."""
+
+
+class CatalogUnreachableError(CatalogError, TransientError):
+    """A catalog that does not answer now, though it may do so later."""
 
 
 class SceneCatalog(Protocol):
@@ -130,7 +135,7 @@ class _Api:
                 timeout=settings.timeout_s,  # here: open() overwrites that of stac_io
             )
         except Exception as error:
-            raise CatalogError(f"STAC API {settings.url} does not answer: {_words(error)}") from error
+            raise _refusal(error)(f"STAC API {settings.url} does not answer: {_words(error)}") from error
 
     def search(self, bbox: Sequence[float], start: dt.date, end: dt.date) -> list[pystac.Item]:
         day = dt.timedelta(days=1)  # a solar day begins in the evening before, or ends in the morning after, in UTC
@@ -165,7 +170,7 @@ class _Api:
                 if empty > _EMPTY_PAGES:
                     matched = page.get("numberMatched") or (page.get("context") or {}).get("matched") or 0
                     if int(matched) > len(seen):
-                        raise CatalogError(
+                        raise CatalogUnreachableError(
                             f"{settings.url} gives empty pages again and again: it says that {matched} match, and gave "
                             f"{len(seen)}; try again later"
                         )
@@ -189,7 +194,7 @@ class _Api:
         except CatalogError:
             raise
         except Exception as error:
-            raise CatalogError(f"search in {settings.url} failed: {_words(error)}") from error
+            raise _refusal(error)(f"search in {settings.url} failed: {_words(error)}") from error
         return sorted(found.values(), key=lambda i: i.id)
 
 
@@ -261,6 +266,13 @@ def _halves(bbox: Sequence[float]) -> list[tuple[float, ...]]:
     if west <= east:
         return [(west, south, east, north)]
     return [(west, south, 180.0, north), (-180.0, south, east, north)]
+
+
+def _refusal(error: BaseException) -> type[CatalogError]:
+    """The kind of a failed request: a server that says that the request itself is wrong will say so again."""
+    status = getattr(error, "status_code", None)
+    wrong = isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429)
+    return CatalogError if wrong else CatalogUnreachableError
 
 
 def _words(error: BaseException) -> str:

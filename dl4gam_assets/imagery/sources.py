@@ -38,6 +38,7 @@ import rasterio
 import rasterio.errors
 from rasterio._err import CPLE_BaseError  # what a warp of a damaged file raises; rasterio.errors does not export it
 
+from dl4gam_assets.compute import TransientError
 from dl4gam_assets.imagery.catalogs import local_path
 from dl4gam_assets.imagery.signing import signed, unsigned
 
@@ -52,7 +53,7 @@ class SceneError(RuntimeError):
     """A scene that can not be used. The message names the file or item."""
 
 
-class SceneUnreachableError(SceneError):
+class SceneUnreachableError(SceneError, TransientError):
     """A file that a server did not give, though it may do so later: the scene is not known to be bad."""
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import pandas as pd
 from upath import UPath
 
-from dl4gam_assets.compute import Done, Mapper
+from dl4gam_assets.compute import Done, Mapper, TransientError
 from dl4gam_assets.lineage.environment import hardware_class, record_settings, record_software
 from dl4gam_assets.settings import Region, fingerprint
 from dl4gam_assets.storage import Storage
@@ -35,6 +35,10 @@ log = logging.getLogger("dl4gam_assets")
 
 class UpstreamError(RuntimeError):
     """Something that a stage reads is missing or is not what it expects. The message says what to materialize."""
+
+
+class UnreachableError(UpstreamError, TransientError):
+    """Something outside that a stage reads does not answer now, though it may do so later."""
 
 
 class Upstream(str):
@@ -134,6 +138,11 @@ class Site:
     def data_root(self) -> Path:
         """Folder of the inputs: the region's ``data_root``, or ``inputs`` in the store for a simulated region."""
         if self.region.simulation is not None:
+            if not self.storage.is_local:
+                raise UpstreamError(
+                    f"region {self.region.name!r} is simulated: its scenes are made into a folder, so its store can "
+                    f"not be {self.root}; set DL4GAM_HOME to a folder"
+                )
             return Path(str(self.storage.inputs()))
         return raw_data_root(self.region)
 
@@ -163,6 +172,7 @@ class Workspace:
     logger: Any = log
     run_id: str | None = None
     probe: bool = False  # only say whether partitions are unchanged; do no work
+    unreachable: int = 0  # glaciers that failed because a server did not answer: worth another attempt
 
     @property
     def site(self) -> Site:
@@ -247,6 +257,7 @@ class Workspace:
                 values[done.key] = done.value
             else:
                 failures.append(done)
+                self.unreachable += done.transient
                 self.logger.warning(f"{stage} [{partition}] glacier {done.key}: {done.error}")
         frame = self.write_failures(stage, partition, [(d.key, d.error or "", d.kind or "") for d in failures])
         return dict(sorted(values.items())), frame

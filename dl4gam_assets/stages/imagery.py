@@ -22,7 +22,7 @@ from dl4gam_assets.settings import Region, StacApi, StacFolder, StacGeoparquet, 
 from dl4gam_assets.stages.base import (
     Site,
     StageResult,
-    UpstreamError,
+    UnreachableError,
     Workspace,
     cached_table,
     file_fingerprint,
@@ -238,7 +238,7 @@ def candidates_of(
         with site.storage.writing(path) as temporary:
             frame.assign(key=key).to_parquet(temporary, index=False)
     if frame.attrs.get("unreachable") == len(frame) and len(frame):
-        raise UpstreamError(f"no scene could be reached: {frame['reason'].iloc[0]}")
+        raise UnreachableError(f"no scene could be reached: {frame['reason'].iloc[0]}")
     return frame, int(frame.attrs.get("bytes_read", 0)), False
 
 
