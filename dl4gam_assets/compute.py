@@ -7,9 +7,9 @@ Does not belong here: Dagster, and what a task does.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import logging
+import multiprocessing.util
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -146,7 +146,7 @@ class Mapper:
                 silence_logs=logging.ERROR,
             )
             _CLIENTS[key] = Client(cluster, set_as_default=False)
-        atexit.register(close_clusters)
+        _close_at_exit()
         return _CLIENTS[key]
 
 
@@ -203,6 +203,15 @@ def _spread(
     finally:
         if tasks:
             client.cancel([future for _, future in tasks.values()])
+
+
+def _close_at_exit() -> None:
+    """Close clusters before this process waits for its children at its end.
+
+    A process that multiprocessing started (a step of a Dagster run) calls no functions of atexit, and would wait for
+    the workers of its cluster for ever.
+    """
+    multiprocessing.util.Finalize(None, close_clusters, exitpriority=100)
 
 
 def close_clusters() -> None:

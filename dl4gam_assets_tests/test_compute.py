@@ -112,6 +112,24 @@ def _touch(path: str) -> None:
     time.sleep(0.05)
 
 
+def _map_and_end(path: str) -> None:
+    values = [d.value for d in Mapper(2).map(_reciprocal, [("1", (1,)), ("2", (2,))])]
+    Path(path).write_text(repr(sorted(values)))
+
+
+def test_a_process_of_multiprocessing_ends_with_its_cluster(tmp_path: Path) -> None:
+    """So does each step of a Dagster run: it calls no atexit functions, and waits for its children."""
+    import multiprocessing
+
+    step = multiprocessing.get_context("spawn").Process(target=_map_and_end, args=(str(tmp_path / "done"),))
+    step.start()
+    step.join(60)
+    ended = step.exitcode
+    step.kill()
+    assert (tmp_path / "done").read_text() == "[0.5, 1.0]"
+    assert ended == 0, "the process waits for the workers of its cluster for ever"
+
+
 def test_a_missing_accelerator_is_said_at_once() -> None:
     import torch
 
