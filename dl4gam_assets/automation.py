@@ -22,6 +22,7 @@ import dagster as dg
 from dl4gam_assets.partitions import Partitions
 from dl4gam_assets.resources import WebhookResource, WorkspaceResource
 from dl4gam_assets.stages.base import Workspace
+from dl4gam_assets.upkeep import give_up_lost_runs
 
 #: The season's scenes are complete: the window ends in October.
 NOVEMBER = "0 6 15 11 *"
@@ -337,6 +338,19 @@ def build_sensors(partitions: Partitions, jobs: list[Any]) -> list[dg.SensorDefi
     def report_failures(context: dg.RunFailureSensorContext, webhook: WebhookResource) -> None:
         report_failure(context, webhook)
 
+    @dg.sensor(
+        name="find_lost_runs",
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        minimum_interval_seconds=60,
+        description="Finds runs whose process is gone (killed, out of memory, reboot), which would stay 'started' for "
+        "ever, and records them as failed; Dagster then starts them again where they were. Always on.",
+    )
+    def find_lost_runs(context: dg.SensorEvaluationContext) -> dg.SkipReason:
+        given_up = give_up_lost_runs(context.instance)
+        for run_id in given_up:
+            context.log.warning(f"run {run_id} lost its process")
+        return dg.SkipReason(f"{len(given_up)} runs had lost their process" if given_up else "no run is lost")
+
     return [
         dg.AutomationConditionSensorDefinition(
             "carry_changes_downstream",
@@ -350,6 +364,7 @@ def build_sensors(partitions: Partitions, jobs: list[Any]) -> list[dg.SensorDefi
         ),
         notice_new_inputs,
         report_failures,
+        find_lost_runs,
     ]
 
 

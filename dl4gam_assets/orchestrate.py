@@ -24,6 +24,7 @@ from dl4gam_assets.settings import Region
 from dl4gam_assets.stages.base import Workspace
 from dl4gam_assets.stages.registry import is_current
 from dl4gam_assets.storage import Storage
+from dl4gam_assets.upkeep import own_process
 
 #: Families in the order of the graph: (partition family, assets that share one run).
 FAMILIES: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -152,6 +153,7 @@ def materialize(
                 tags = {} if key_range is None else {
                     ASSET_PARTITION_RANGE_START_TAG: key_range[0], ASSET_PARTITION_RANGE_END_TAG: key_range[1],
                 }  # fmt: skip
+                tags |= own_process()
                 result = job.execute_in_process(instance=opened, tags=tags, raise_on_error=False, run_config=_QUIET)
                 count += 1 if key_range is None else len(_definition(partitions, family).get_partition_keys_in_range(
                     dg.PartitionKeyRange(*key_range)

@@ -1,6 +1,7 @@
-"""Upkeep of a store that runs for years: old runs, leftovers of killed runs.
+"""Upkeep of a store that runs for years: old runs, lost runs, leftovers of killed runs.
 
-Belongs here: the monthly job that keeps the Dagster instance small without losing anything current.
+Belongs here: the monthly job that keeps the Dagster instance small without losing anything current; finding runs whose
+process is gone.
 Does not belong here: results. No table, map or model is ever removed here.
 
 Dagster has no retention of its own for runs and events. Removing a run removes its events, the newest materialization
@@ -8,8 +9,13 @@ of a partition among them, so only runs that hold no partition's newest one go.
 """
 
 import datetime as dt
+import os
+import platform
+import time
 
 import dagster as dg
+import psutil
+from dagster._core.launcher.default_run_launcher import DefaultRunLauncher
 from pydantic import Field
 
 from dl4gam_assets.resources import WorkspaceResource
@@ -40,6 +46,71 @@ def _holds_newest(instance: dg.DagsterInstance, run_id: str) -> bool:
         if newest and newest[0].run_id == run_id:
             return True
     return False
+
+
+#: Tag of runs that `dl4gam materialize` does in its own process: host and process id.
+PROCESS_TAG = "dl4gam/process"
+_ALIVE = [dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING]
+
+
+def own_process() -> dict[str, str]:
+    """Tags of a run that this process does itself: nobody else can start it again."""
+    return {PROCESS_TAG: f"{platform.node()}:{os.getpid()}", "dagster/max_retries": "0"}
+
+
+def lost_runs(instance: dg.DagsterInstance) -> list[tuple[dg.DagsterRun, int]]:
+    """Runs that are recorded as going on, but whose process is not there any more, with its id.
+
+    Dagster's monitoring finds them where a launcher can ask for a run's health (Kubernetes). Runs that are processes
+    of this machine (the default launcher) would stay "started" for ever after a kill, a crash or a reboot, and keep
+    their places in queue and pools.
+    """
+    if not isinstance(instance.run_launcher, DefaultRunLauncher):
+        return []
+    found = []
+    for record in instance.get_run_records(dg.RunsFilter(statuses=_ALIVE)):
+        run = record.dagster_run
+        known = _process_of(instance, run)
+        if known is not None and not _is_alive(*known):
+            found.append((run, known[0]))
+    return found
+
+
+def _process_of(instance: dg.DagsterInstance, run: dg.DagsterRun) -> tuple[int, float] | None:
+    """Process id of a run, and when it was told; None if it is unknown or of another machine."""
+    told = run.tags.get(PROCESS_TAG)
+    if told is not None:
+        host, _, pid = told.rpartition(":")
+        record = instance.get_run_record_by_id(run.run_id)
+        start = record.start_time if record is not None else None
+        return (int(pid), start or time.time()) if host == platform.node() else None
+    for event in instance.all_logs(run.run_id, of_type=dg.DagsterEventType.ENGINE_EVENT):
+        data = event.get_dagster_event().engine_event_data
+        if "pid" in data.metadata:
+            return int(str(data.metadata["pid"].value)), event.timestamp
+    return None
+
+
+def _is_alive(pid: int, told: float) -> bool:
+    """Whether a process is there, and not a later one with the same id."""
+    try:
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= told + 5
+    except psutil.NoSuchProcess:
+        return False
+
+
+def give_up_lost_runs(instance: dg.DagsterInstance) -> list[str]:
+    """Record lost runs as failed, so that Dagster starts them again (run_retries) and their places become free."""
+    lost = lost_runs(instance)
+    for run, pid in lost:
+        instance.report_run_failed(
+            run,
+            f"Its process ({pid}) is gone: killed, out of memory, or the machine was restarted. What was made is kept; "
+            "a new run goes on from there.",
+        )
+        instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
+    return [run.run_id for run, _ in lost]
 
 
 class UpkeepConfig(dg.Config):

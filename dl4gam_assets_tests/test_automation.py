@@ -444,6 +444,6 @@ def test_the_sensors_are_wired_to_real_jobs() -> None:
     sensor = repository.get_sensor_def("notice_new_inputs")
     assert {job.name for job in sensor.jobs} == {"prepare_region", "choose_images", "calibrate_ensembles"}
     assert {s.name for s in repository.sensor_defs} == {
-        "carry_changes_downstream", "notice_new_inputs", "report_failures",
+        "carry_changes_downstream", "notice_new_inputs", "report_failures", "find_lost_runs",
     }  # fmt: skip
     assert automation.NOVEMBER in {s.cron_schedule for s in repository.schedule_defs}
