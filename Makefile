@@ -3,6 +3,7 @@
 #   make ui     the Dagster UI on http://127.0.0.1:3000 with the same store
 #   make test   install and run the tests
 #   make lint   style, types and the contract between rooms
+#   make docs   the site with tutorial and reference, in site/
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -10,10 +11,10 @@ export DL4GAM_HOME ?= $(CURDIR)/dl4gam_home
 REGION ?= demo
 PORT ?= 3000
 
-.PHONY: help install demo ui test lint clean
+.PHONY: help install demo ui test lint docs clean
 
 help:
-	@sed -n '2,5p' Makefile | cut -c3-
+	@sed -n '2,6p' Makefile | cut -c3-
 
 $(VENV)/.made:
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.11"'
@@ -51,5 +52,12 @@ lint: $(VENV)/.lint $(VENV)/.test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint .ci/torch-requirement.txt -e '.[docs]'
+	@touch $@
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --config-file .ci/mkdocs.yml
+
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) build site *.egg-info .pytest_cache .ruff_cache .mypy_cache

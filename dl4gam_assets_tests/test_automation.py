@@ -166,7 +166,8 @@ def test_everything_is_off_until_it_is_turned_on(monkeypatch: pytest.MonkeyPatch
     def states() -> set[bool]:
         repository = build_defs("demo").get_repository_def()
         running = {dg.DefaultScheduleStatus.RUNNING, dg.DefaultSensorStatus.RUNNING}
-        return {s.default_status in running for s in [*repository.schedule_defs, *repository.sensor_defs]}
+        switched = [*repository.schedule_defs, *repository.sensor_defs]
+        return {s.default_status in running for s in switched if s.name != "find_lost_runs"}  # which starts nothing
 
     monkeypatch.delenv("DL4GAM_AUTOMATION", raising=False)
     assert states() == {False}

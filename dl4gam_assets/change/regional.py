@@ -151,18 +151,15 @@ def regional_changes(
 ) -> pd.DataFrame:
     """Rows of the table ``regional_changes`` for one year: the region, each country, each size class and aspect.
 
-    Methods
-    -------
-    measured
-        all glaciers with a rate, whatever their quality.
-    filtered
-        those that pass the quality filter. The signal-to-noise part of the filter drops small changes, so the kept
-        sample leans towards large ones: compare with ``measured``.
-    extrapolated
-        every glacier of the inventory (published): measured where it passes the filter, otherwise the law of relative
-        rate against area (:func:`fit_rate_law`), starting from the inventory area at the inventory date.
-    extrapolated_without_snr
-        the same with the recall filter only: free of the lean above, at the price of noisier glaciers.
+    The column ``method`` says which glaciers:
+
+    - ``measured``: all glaciers with a rate, whatever their quality.
+    - ``filtered``: those that pass the quality filter. The signal-to-noise part of the filter drops small changes, so
+      the kept sample leans towards large ones: compare with ``measured``.
+    - ``extrapolated``: every glacier of the inventory (published): measured where it passes the filter, otherwise the
+      law of relative rate against area (:func:`fit_rate_law`), starting from the inventory area at the inventory date.
+    - ``extrapolated_without_snr``: the same with the recall filter only: free of the lean above, at the price of
+      noisier glaciers.
 
     Rates are sums of the glaciers' own rates. Deviations are combined over glaciers for each of the two times
     (:class:`~dl4gam_assets.change.correlation.ErrorCorrelation`: settings.between_glacier_correlation and

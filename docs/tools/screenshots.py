@@ -1,0 +1,84 @@
+"""Take the pictures of docs/ui-tour.md from a running UI with the demo's store, and of its year report.
+
+make demo && make ui                                      # in another terminal
+pip install selenium                                      # and Chromium with its driver
+python docs/tools/screenshots.py docs/images --store dl4gam_home/demo [--ui http://127.0.0.1:3000]
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import time
+from pathlib import Path
+from typing import Any
+
+#: Name of the picture -> address below the UI, words to click on one after the other, seconds to wait.
+PAGES: dict[str, tuple[str, tuple[str, ...], float]] = {
+    "ui_graph": ("/asset-groups", (), 10),
+    "ui_lineage": ("/assets/glacier_areas?view=lineage&lineageScope=neighbors&lineageDepth=2", (), 10),
+    "ui_partitions": ("/assets/glacier_predictions?view=partitions", (), 8),
+    "ui_backfill": ("/assets/glacier_predictions", ("Materialize…",), 8),
+    "ui_checks": ("/assets/glacier_areas?view=checks", (), 8),
+    "ui_automation": ("/automation", (), 8),
+    "ui_jobs": ("/jobs", (), 8),
+    "ui_member": ("/assets/ensemble_member?view=partitions&partition=fold_1%7Cmember_01", (), 8),
+}
+WIDTH, HEIGHT = 1440, 900
+
+
+def browser() -> Any:
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    for word in (
+        "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+        "--disable-component-update", f"--window-size={WIDTH},{HEIGHT + 140}",
+    ):  # fmt: skip
+        options.add_argument(word)
+    for binary, driver in (("/usr/bin/chromium", "/usr/bin/chromedriver"),):
+        if Path(binary).exists():
+            options.binary_location = binary
+            return webdriver.Chrome(options=options, service=Service(driver))
+    return webdriver.Chrome(options=options)
+
+
+def save(png: bytes, path: Path) -> None:
+    from PIL import Image
+
+    picture = Image.open(io.BytesIO(png)).convert("RGB")
+    picture.save(path, quality=80, optimize=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--store", type=Path, required=True)
+    parser.add_argument("--ui", default="http://127.0.0.1:3000")
+    choice = parser.parse_args()
+    page = browser()
+    try:
+        for name, (address, clicks, wait) in PAGES.items():
+            page.get(choice.ui + address)
+            time.sleep(wait)
+            for words in clicks:
+                page.execute_script(
+                    "[...document.querySelectorAll('button, a')].find(e => e.textContent.trim() === arguments[0]).click()",
+                    words,
+                )
+                time.sleep(3)
+            save(page.get_screenshot_as_png(), choice.folder / f"{name}.jpg")
+            print(name)
+        report = sorted((choice.store / "reports").glob("*.html"))[-1]
+        page.get(report.absolute().as_uri())
+        time.sleep(3)
+        page.execute_script("document.querySelector('.controls').scrollIntoView()")
+        time.sleep(1)
+        save(page.get_screenshot_as_png(), choice.folder / "report.jpg")
+    finally:
+        page.quit()
+
+
+if __name__ == "__main__":
+    main()
