@@ -40,7 +40,23 @@ _GROUPS = (inventory, imagery, terrain, cubes, training, predictions, areas, cha
 def build_assets(region: Region) -> list[dg.AssetsDefinition]:
     """All assets of a region, in the order of the science."""
     partitions = Partitions(region)
-    return with_conditions([asset for group in _GROUPS for asset in group.build(partitions)])
+    return with_conditions([_tagged(asset) for group in _GROUPS for asset in group.build(partitions)])
+
+
+def _tagged(asset: dg.AssetsDefinition) -> dg.AssetsDefinition:
+    """Tags to search by in the UI: ``needs`` (network, gpu, memory or cpu) and ``made_per`` (region, year ...)."""
+    parts = asset.partitions_def
+    match parts:
+        case None:
+            per = "region"
+        case dg.MultiPartitionsDefinition():
+            per = "_x_".join(sorted(parts.partition_dimension_names, key=("year", "fold", "member").index))
+        case dg.TimeWindowPartitionsDefinition():
+            per = "year"
+        case _:
+            per = "fold"
+    tags = {"needs": asset.op.pool or "cpu", "made_per": per}
+    return asset.map_asset_specs(lambda spec: spec.merge_attributes(tags=tags))
 
 
 def _executor(region: Region) -> dg.ExecutorDefinition:

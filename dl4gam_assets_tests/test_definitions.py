@@ -105,3 +105,5 @@ def test_every_asset_tells_a_reader_what_it_is() -> None:
         for spec in asset.specs:
             assert spec.description and len(spec.description) > 40, spec.key
             assert spec.kinds and spec.owners, spec.key
+            assert spec.tags["needs"] == (asset.op.pool or "cpu"), spec.key
+            assert spec.tags["made_per"] in {"region", "year", "fold", "year_x_fold", "fold_x_member"}, spec.key
