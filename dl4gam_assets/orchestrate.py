@@ -24,7 +24,7 @@ from dl4gam_assets.settings import Region
 from dl4gam_assets.stages.base import Workspace
 from dl4gam_assets.stages.registry import is_current
 from dl4gam_assets.storage import Storage
-from dl4gam_assets.upkeep import own_process
+from dl4gam_assets.upkeep import busy_pools, give_up_lost_runs, own_process
 
 #: Families in the order of the graph: (partition family, assets that share one run).
 FAMILIES: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -46,6 +46,9 @@ FAMILIES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("year", ("report", "stac_catalog")),
 )
 
+
+#: Seconds between two looks at a pool that another run fills.
+POOL_WAIT_S = 2.0
 
 #: The events are kept in the instance; the terminal shows one line a family.
 _QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
@@ -134,6 +137,8 @@ def materialize(
     workspace = Workspace(region, storage)
     logging.getLogger("dagster").setLevel(logging.ERROR)
     with instance(storage) as opened:
+        for run_id in give_up_lost_runs(opened):
+            say(f"run {run_id[:8]} was killed: recorded as failed; what it made is kept")
         for family, assets in FAMILIES:
             names = tuple(a for a in assets if a in known and (only is None or a in only))
             if not names:
@@ -143,6 +148,7 @@ def materialize(
             if all(_range_is_current(partitions, family, key_range, names, workspace) for key_range in ranges):
                 say("  up to date")
                 continue
+            _wait_for_pools(opened, definitions, names, say)
             start = time.perf_counter()
             before = time.time()
             count = 0
@@ -168,6 +174,25 @@ def materialize(
             )
             say(f"  {count * len(names)} partitions in {seconds:.1f} s")
     return outcome
+
+
+def _wait_for_pools(
+    opened: dg.DagsterInstance, definitions: dg.Definitions, assets: Sequence[str], say: Callable[[str], None]
+) -> None:
+    """Wait, and say so, until no other run of this instance fills a pool of these assets.
+
+    A step that has to wait for its pool inside an in-process run waits in a loop without a pause (Dagster 1.13).
+    """
+    graph = definitions.resolve_asset_graph()
+    pools = {pool for name in assets for pool in graph.get(dg.AssetKey(name)).pools or ()}
+    told: dict[str, list[str]] = {}
+    while busy := busy_pools(opened, pools):
+        if busy != told:
+            for pool, runs in busy.items():
+                say(f"  waiting for pool {pool!r}, held by run {', '.join(r[:8] for r in runs) or 'of nobody'}")
+            told = busy
+        time.sleep(POOL_WAIT_S)
+        give_up_lost_runs(opened)
 
 
 def _range_is_current(

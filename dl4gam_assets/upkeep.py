@@ -12,6 +12,7 @@ import datetime as dt
 import os
 import platform
 import time
+from collections.abc import Iterable
 
 import dagster as dg
 import psutil
@@ -101,7 +102,10 @@ def _is_alive(pid: int, told: float) -> bool:
 
 
 def give_up_lost_runs(instance: dg.DagsterInstance) -> list[str]:
-    """Record lost runs as failed, so that Dagster starts them again (run_retries) and their places become free."""
+    """Record lost runs as failed, so that Dagster starts them again (run_retries) and their places become free.
+
+    Places of runs that ended without giving them back (killed at that very moment) are freed too.
+    """
     lost = lost_runs(instance)
     for run, pid in lost:
         instance.report_run_failed(
@@ -109,8 +113,23 @@ def give_up_lost_runs(instance: dg.DagsterInstance) -> list[str]:
             f"Its process ({pid}) is gone: killed, out of memory, or the machine was restarted. What was made is kept; "
             "a new run goes on from there.",
         )
-        instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
+    for run_id in instance.event_log_storage.get_concurrency_run_ids():
+        holder = instance.get_run_by_id(run_id)
+        if holder is None or holder.is_finished:
+            instance.event_log_storage.free_concurrency_slots_for_run(run_id)
     return [run.run_id for run, _ in lost]
+
+
+def busy_pools(instance: dg.DagsterInstance, pools: Iterable[str]) -> dict[str, list[str]]:
+    """Pools whose places are all taken, with the ids of the runs that hold them."""
+    storage = instance.event_log_storage
+    known = {pool.name for pool in storage.get_pool_limits()}
+    found = {}
+    for pool in sorted(known.intersection(pools)):
+        places = storage.get_concurrency_info(pool)
+        if places.active_slot_count >= places.slot_count:
+            found[pool] = sorted(places.active_run_ids)
+    return found
 
 
 class UpkeepConfig(dg.Config):

@@ -32,6 +32,7 @@ _HOMES = {
     "read_items": "catalogs",
     "merge_items": "catalogs",
     "policy_of": "candidates",
+    "implausible": "scaling",
     "rank_candidates": "ranking",
     "select_scenes": "ranking",
     "read_overrides": "ranking",

@@ -85,11 +85,13 @@ class _Items:
 
     def __init__(self, items: Iterable[pystac.Item], where: str):
         self.where = where
-        self._items = sorted(items, key=lambda i: i.id)
+        self._items: list[pystac.Item] = []
+        for item in sorted(items, key=lambda i: (i.id, _processing(i), i.get_self_href() or "")):
+            if self._items and self._items[-1].id == item.id:
+                log.warning("%s has two items with the id %r: the newest is used", where, item.id)
+                self._items.pop()
+            self._items.append(item)
         self._by_id = {item.id: item for item in self._items}
-        if len(self._by_id) < len(self._items):
-            twice = next(a.id for a, b in zip(self._items, self._items[1:], strict=False) if a.id == b.id)
-            raise CatalogError(f"{where} has two items with the id {twice!r}")
         self._days = [solar_day(item) for item in self._items]
         self._tree = shapely.STRtree([footprint(item) for item in self._items])
 

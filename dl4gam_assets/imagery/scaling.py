@@ -23,6 +23,8 @@ OFFSET_BASELINE = (4, 0)
 NEGATIVE_SHARE, NEGATIVE = 0.05, -0.04
 #: A band that stays below this reflectance (95th percentile) holds no picture, or was scaled twice.
 DARK = 0.001
+#: No surface and no cloud reaches this reflectance in half of a window: the scale was not applied, or the wrong way.
+BRIGHT = 3.0
 
 
 def band_metadata(asset: pystac.Asset, index: int = 1) -> dict[str, Any]:
@@ -125,6 +127,11 @@ def implausible(reflectance: np.ndarray, names: list[str]) -> str | None:
     for values, name in zip(reflectance, names, strict=True):
         valid = np.isfinite(values)
         n = int(valid.sum())
+        if n and (middle := float(np.median(values[valid]))) > BRIGHT:
+            return (
+                f"half of its {name} pixels are above {middle:.0f} in reflectance, which no ground is: the scale that "
+                "its metadata state is not that of the file; set imagery.sensor.scale and offset"
+            )
         if n and (bright := float(np.percentile(values[valid], 95))) < DARK and bright > NEGATIVE:
             return (
                 f"95% of its {name} pixels are below {bright:.5f} in reflectance: the scale that its metadata state "

@@ -17,6 +17,7 @@ import pandas as pd
 import shapely
 
 from dl4gam_assets.settings import InventorySettings, SettingsError
+from dl4gam_assets.storage import safe_name
 from dl4gam_assets.tables import TABLES
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 #: Day that stands for "some time in that year": the middle of the late-summer mapping season.
 UNKNOWN_DAY = (8, 15)
+
+#: Names longer than this are cut: tables and pages show them.
+NAME_LENGTH = 200
 
 
 def read_inventory(path: Path, settings: InventorySettings) -> tuple[gpd.GeoDataFrame, pd.DataFrame]:
@@ -74,10 +78,9 @@ def read_inventory(path: Path, settings: InventorySettings) -> tuple[gpd.GeoData
         usable, why, kind = _usable(shape)
         if not glacier_id:
             rejected.append((f"row {row + 1}", "the glacier has no id", "NoId"))
-        elif len(glacier_id) > 150:
-            rejected.append(
-                (glacier_id[:60] + "...", f"the id has {len(glacier_id)} characters (at most 150)", "BadId")
-            )
+        elif not _is_file_name(glacier_id):
+            why = f"the id has {len(glacier_id)} characters, too many for the name of a file (150 letters, 22 others)"
+            rejected.append((glacier_id[:60] + "...", why, "BadId"))
         elif glacier_id in seen:
             why = (
                 f"the id occurs again in row {row + 1}; only the first is used. If the rows are parts of one glacier, "
@@ -99,7 +102,7 @@ def read_inventory(path: Path, settings: InventorySettings) -> tuple[gpd.GeoData
         {
             "glacier_id": [ids[row] for row in keep],
             "glacier_int": np.arange(1, len(keep) + 1),
-            "name": _column(out, columns.name, ""),
+            "name": [str(n)[:NAME_LENGTH] for n in _column(out, columns.name, "")],
             "country": _column(out, columns.country, settings.default_country),
             "inventory_date": _dates(out, settings),
             "inventory_area_km2": area,
@@ -182,6 +185,14 @@ def _read(path: Path, layer: str | None, near: gpd.GeoSeries | None = None) -> g
     return frame
 
 
+def _is_file_name(glacier_id: str) -> bool:
+    try:
+        safe_name(glacier_id)
+    except ValueError:
+        return False
+    return len(glacier_id) <= 150
+
+
 def _text(value: Any) -> str:
     if value is None or (not isinstance(value, str) and pd.isna(value)):
         return ""
@@ -245,10 +256,10 @@ def read_date(value: Any) -> dt.datetime | None:
         text = text.split(".")[0]
     if text.startswith("-") or not text:
         return None
-    if re.fullmatch(r"\d{4}", text):
-        return dt.datetime(int(text), *UNKNOWN_DAY)
     compact = re.fullmatch(r"(\d{4})[-/]?(\d\d)[-/]?(\d\d)", text)
     try:
+        if re.fullmatch(r"\d{4}", text):
+            return dt.datetime(int(text), *UNKNOWN_DAY)
         if compact:
             year, month, day = (int(p) for p in compact.groups())
             if month in (0, 99):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from dl4gam_assets.compute import TransientError
 from dl4gam_assets.settings import fingerprint
 from dl4gam_assets.stages import previews
 from dl4gam_assets.stages.base import (
@@ -22,13 +23,16 @@ from dl4gam_assets.stages.imagery import catalog_fingerprint, catalog_of
 from dl4gam_assets.stages.terrain import dhdt_path, static_path
 from dl4gam_assets.tables import TABLES, rows_of
 
+if TYPE_CHECKING:
+    import xarray as xr
+    from odc.geo.geobox import GeoBox
+
 
 def cube_of(site: Site, year: int, glacier_id: str, wanted: str, stamp: str) -> dict[str, Any]:
     """Build one glacier's cube unless the file made from the same inputs is there; runs in a worker process."""
     import rasterio
 
     from dl4gam_assets.cubes import build_cube, content_fingerprint, cube_mask, open_cube, write_cube
-    from dl4gam_assets.imagery import items_from_row, policy_of, read_image
 
     storage = site.storage
     path = storage.cube(year, glacier_id)
@@ -47,12 +51,7 @@ def cube_of(site: Site, year: int, glacier_id: str, wanted: str, stamp: str) -> 
     if mine is None:
         with storage.reading(static_path(site, glacier_id)) as base, open_cube(base) as static:
             static["mask"].load()
-            image = read_image(
-                items_from_row(row, catalog_of(site, year, stamp)),
-                site.region.imagery,
-                static.odc.geobox,
-                policy=policy_of(site.region.compute),
-            )
+            image = _image(site, year, row, candidates, static.odc.geobox, stamp)
             dhdt = error = None
             if len(change) and pd.notna(change["period_start"].iloc[0]):
                 start, end = int(change["period_start"].iloc[0]), int(change["period_end"].iloc[0])
@@ -100,6 +99,35 @@ def cube_of(site: Site, year: int, glacier_id: str, wanted: str, stamp: str) -> 
         "velocity_missing_share": ground["velocity_missing_share"],
         "size_bytes": int(path.stat().st_size),
     }
+
+
+def _image(site: Site, year: int, row: pd.Series, candidates: pd.DataFrame, geobox: GeoBox, stamp: str) -> xr.Dataset:
+    """The selected image with all bands; the choice saw only those that its scores need.
+
+    Raises
+    ------
+    SceneError
+        if a file can not be read or its values can not be right; says which image would be the next best.
+    """
+    from dl4gam_assets.imagery import SceneError, implausible, items_from_row, policy_of, read_image
+
+    items = items_from_row(row, catalog_of(site, year, stamp))
+    try:
+        image = read_image(items, site.region.imagery, geobox, policy=policy_of(site.region.compute))
+        wrong = implausible(image["reflectance"].to_numpy(), [str(b) for b in image["band"].to_numpy()])
+        if wrong is not None:
+            raise SceneError(f"{row['scene_ids']} can not be used: {wrong}")
+    except SceneError as error:
+        if isinstance(error, TransientError):
+            raise
+        others = candidates[candidates["rank"].notna() & ~candidates["selected"].astype(bool)].sort_values("rank")
+        advice = (
+            f"the next best image is of {others['date'].iloc[0]:%Y-%m-%d}: name that date in imagery.overrides"
+            if len(others)
+            else "no other image of the year is acceptable: mend the file and materialize glacier_cubes again"
+        )
+        raise SceneError(f"{error}; {advice}") from error
+    return image
 
 
 def cube_preview(site: Site, year: int, glacier_id: str) -> bytes:

@@ -31,6 +31,8 @@ def inventory_outlines(ws: Workspace, *, force: bool = False) -> StageResult:
 
     def work() -> tuple[str, dict[str, Any], dict[str, bytes]]:
         glaciers, rejected = read_inventory(path, settings)
+        rows = [(str(r.glacier_id), str(r.error), str(r.kind)) for r in rejected.itertuples()]
+        ws.write_failures("inventory_outlines", "all", rows)
         glaciers = restrict_modelled(glaciers, settings, ws.data_root)
         if not len(glaciers):
             raise UpstreamError(f"inventory {path}: no usable outline; {len(rejected)} were rejected (see failures)")
@@ -40,8 +42,6 @@ def inventory_outlines(ws: Workspace, *, force: bool = False) -> StageResult:
                 f"({settings.min_area_km2}); lower inventory.min_area_km2"
             )
         ws.storage.write_table("glaciers", glaciers)
-        rows = [(str(r.glacier_id), str(r.error), str(r.kind)) for r in rejected.itertuples()]
-        ws.write_failures("inventory_outlines", "all", rows)
         modelled = glaciers[glaciers["modelled"].astype(bool)]
         metadata = {
             "glaciers": len(glaciers),

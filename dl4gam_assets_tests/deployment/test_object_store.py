@@ -16,8 +16,8 @@ from dl4gam_assets.definitions import build_defs
 from dl4gam_assets.orchestrate import materialize
 from dl4gam_assets.publication import query_database
 from dl4gam_assets.settings import load_region
-from dl4gam_assets.stages import areas, change, predictions, publication
-from dl4gam_assets.stages.base import Workspace
+from dl4gam_assets.stages import areas, change, predictions, publication, simulation
+from dl4gam_assets.stages.base import UpstreamError, Workspace
 from dl4gam_assets.storage import Storage
 from dl4gam_assets_tests.small_region import Small
 
@@ -85,7 +85,8 @@ def test_maps_areas_and_publication_of_a_copied_store_are_the_same(small: Small,
         if folder in ("tables", "state", "cubes", "models", "packed", "static"):
             with storage.writing(storage.path(*file.relative_to(source).parts)) as temporary:
                 temporary.write_bytes(file.read_bytes())
-    ws = Workspace(small.region, storage, Mapper(1))
+    ready = small.region.model_copy(update={"simulation": None, "data_root": str(small.storage.inputs())})
+    ws = Workspace(ready, storage, Mapper(1))
     for fold in (1, 2):
         predictions.glacier_predictions(ws, 2016, fold, force=True)
         areas.glacier_areas(ws, 2016, fold, force=True)
@@ -106,3 +107,9 @@ def test_maps_areas_and_publication_of_a_copied_store_are_the_same(small: Small,
     assert "data:image/webp" in page and "Where the numbers come from" in page
     for file in storage.root.rglob("*"):
         assert ".tmp-" not in file.name
+
+
+def test_a_simulated_region_wants_a_folder(small: Small, bucket: str) -> None:
+    ws = Workspace(small.region, Storage(f"{bucket}/simulated"), Mapper(1))
+    with pytest.raises(UpstreamError, match="set DL4GAM_HOME to a folder"):
+        simulation.simulated_inputs(ws)

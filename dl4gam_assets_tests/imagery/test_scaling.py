@@ -105,3 +105,11 @@ def test_ice_shows_an_offset_that_was_taken_off_twice() -> None:
     assert implausible(snow, ["green", "swir16"]) is None
     words = implausible(snow - 0.1, ["green", "swir16"])
     assert words is not None and "swir16" in words
+
+
+@pytest.mark.parametrize("factor", [1e4, 1e8])
+def test_a_scale_that_was_not_applied_shows(factor: float) -> None:
+    ground = np.random.default_rng(0).uniform(0.02, 1.4, (2, 40, 40))  # fresh snow and glint in it
+    assert implausible(ground, ["blue", "red"]) is None
+    words = implausible(ground * factor, ["blue", "red"])
+    assert words is not None and "half of its blue pixels are above" in words and "scale" in words

@@ -1,0 +1,3 @@
+from dl4gam_assets_tests.faults.table import main
+
+main()
