@@ -23,7 +23,7 @@ from rich.tree import Tree
 
 from dl4gam_assets import __version__
 from dl4gam_assets.settings import Region, SettingsError, load_region, packaged_regions
-from dl4gam_assets.storage import Storage
+from dl4gam_assets.storage import Storage, StoreFormatError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -69,7 +69,12 @@ def _open(region: str, home: str | None) -> tuple[Region, Storage]:
     except SettingsError as error:
         raise _stop(_escape(str(error))) from error
     root = home or str(Path("dl4gam_home").absolute())
-    return settings, Storage(UPath(root) / settings.name)
+    storage = Storage(UPath(root) / settings.name)
+    try:
+        storage.check_format()
+    except StoreFormatError as error:
+        raise _stop(_escape(str(error))) from error
+    return settings, storage
 
 
 def _escape(text: str) -> str:
@@ -215,6 +220,8 @@ def _run(
     os.environ["DL4GAM_REGION"] = name
     if home:
         os.environ["DL4GAM_HOME"] = home
+    from sqlalchemy.exc import SQLAlchemyError
+
     from dl4gam_assets.compute import close_clusters
     from dl4gam_assets.definitions import build_defs
     from dl4gam_assets.orchestrate import materialize as run
@@ -224,8 +231,18 @@ def _run(
             build_defs(settings), settings, storage, years=years, folds=folds, only=only,
             say=lambda text: console.print(text, highlight=False),
         )  # fmt: skip
+    except (OSError, SQLAlchemyError) as error:
+        raise _stop(
+            f"{_escape(_cause(error))}: can {storage.root} and its Dagster instance be written, and is there room on "
+            "the disk? What was made is kept; the same command goes on from there"
+        ) from error
     finally:
         close_clusters()
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of an error, without SQL."""
+    return f"{type(error).__name__}: {' '.join(str(getattr(error, 'orig', None) or error).split())[:300]}"
 
 
 def _failed(outcome: Any) -> typer.Exit:

@@ -92,8 +92,9 @@ class Mapper:
         with (done, total, seconds) at most every ``every_s`` seconds, and once at the end. When the caller stops
         early, tasks that have not begun are dropped.
 
-        When a worker process dies, its tasks are tried once more at the end, one at a time: the one that kills its
-        worker again is the one to blame, and the others lose nothing.
+        When a worker process dies, or a task finds no memory, its tasks are tried once more at the end, one at a time
+        and with all the memory for themselves: the one that kills its worker again is the one to blame, and the others
+        lose nothing.
         """
         todo = list(tasks)
         start = last = time.monotonic()
@@ -113,7 +114,7 @@ class Mapper:
         slots = max(4 * sum(client.nthreads().values()), 8)
         suspects: list[tuple[str, Sequence[Any]]] = []
         for task, done in _spread(client, function, todo, slots):
-            if done is None:
+            if done is None or _out_of_memory(done):
                 suspects.append(task)
             else:
                 yield done
@@ -148,6 +149,13 @@ class Mapper:
             _CLIENTS[key] = Client(cluster, set_as_default=False)
         _close_at_exit()
         return _CLIENTS[key]
+
+
+def _out_of_memory(done: Done) -> bool:
+    """Whether a task failed because others held the memory (of the machine, or of the GPU)."""
+    if done.kind in {"MemoryError", "_ArrayMemoryError", "ArrayMemoryError", "OutOfMemoryError"}:
+        return True
+    return done.kind == "RuntimeError" and "allocate memory" in (done.error or "")
 
 
 def _version() -> str:

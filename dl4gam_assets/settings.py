@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -140,6 +141,19 @@ class StacApi(_Strict):
     page_size: int = Field(100, ge=1, description="Items a page.")
     max_items: int = Field(20_000, ge=1, description="A search that gives more is refused (does the server end?).")
     timeout_s: float = Field(60.0, gt=0, description="Seconds without an answer after which a request is repeated.")
+
+    @field_validator("url")
+    @classmethod
+    def _no_secret(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if parts.scheme not in {"http", "https"}:
+            raise ValueError(f"{url!r} is no address of a STAC API (https://...)")
+        if parts.username or parts.password:
+            raise ValueError(
+                "the address holds a name or a password, and settings are recorded with every result: put them into "
+                "~/.netrc"
+            )
+        return url
 
 
 class StacGeoparquet(_Strict):
@@ -932,7 +946,7 @@ def _explain(error: Any) -> str:
     if error["type"] == "missing":
         return f"{key}: required, but absent"
     given = error.get("input")
-    shown = "" if isinstance(given, dict) else f" (given: {given!r})"
+    shown = "" if isinstance(given, dict) else " (given: " + re.sub(r"//[^/@\s]+@", "//***@", repr(given)[:300]) + ")"
     return f"{key}: {error['msg'].removeprefix('Value error, ')}{shown}"
 
 

@@ -16,6 +16,7 @@ Layout below the root of a region::
     tables/<table>/year=2023/fold=1/part.parquet
     state/<asset>/<partition>.json           fingerprints: what a partition was made from
     outlines/, reports/, stac/               what is handed on
+    store.json                               the format of all this, and who wrote it
     results.duckdb
 """
 
@@ -28,7 +29,7 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -39,6 +40,20 @@ from upath import UPath
 from dl4gam_assets.tables import TABLES
 
 _TEMPORARY = ".tmp-"
+
+#: Layout and schemas of a store. Raised when older code could misread what newer code writes; a step from the former
+#: number then goes into MIGRATIONS. Columns that are added and may be missing need no new number.
+FORMAT = 1
+#: Format -> what makes a store of the next one of it.
+MIGRATIONS: dict[int, Callable[[Storage], None]] = {}
+
+
+class DamagedFileError(ValueError):
+    """A file of the store that can not be read. The message names it."""
+
+
+class StoreFormatError(RuntimeError):
+    """A store that this version can not work with. The message names it and the ways out."""
 
 
 def safe_name(glacier_id: str) -> str:
@@ -98,6 +113,47 @@ class Storage:
         folders = [f"{key}={value}" for key, value in (partition or {}).items()]
         return self.path("tables", name, *folders, "part.parquet")
 
+    # ------------------------------------------------------------------ format
+    def check_format(self, *, write: bool = False) -> None:
+        """Make sure that this version of the package can work with the store; ``write`` marks and migrates it.
+
+        Raises
+        ------
+        StoreFormatError
+            if a newer version wrote it, or an older one whose stores can not be migrated.
+        """
+        from dl4gam_assets import __version__
+
+        path = self.path("store.json")
+        try:
+            mark: dict[str, Any] = self.read_json(path) or {"format": FORMAT}
+            found = int(mark["format"])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise StoreFormatError(
+                f"{path} is damaged ({error}): remove that one file; nothing else is lost"
+            ) from error
+        if found > FORMAT:
+            raise StoreFormatError(
+                f"the store {self.root} has format {found}, written by dl4gam_assets {mark.get('written_by')}; this is "
+                f"{__version__}, which knows formats up to {FORMAT}. Upgrade (pip install -U dl4gam_assets), or set "
+                "DL4GAM_HOME to another folder"
+            )
+        while found < FORMAT:
+            if found not in MIGRATIONS:
+                raise StoreFormatError(
+                    f"the store {self.root} has format {found}, and {__version__} can not migrate it to {FORMAT}: set "
+                    "DL4GAM_HOME to another folder and materialize anew"
+                )
+            if not write:
+                raise StoreFormatError(
+                    f"the store {self.root} has format {found}; run `dl4gam materialize` once to bring it to {FORMAT}"
+                )
+            MIGRATIONS[found](self)
+            found += 1
+            self.write_json(path, {"format": found, "written_by": __version__})
+        if write and "written_by" not in mark:
+            self.write_json(path, {"format": FORMAT, "written_by": __version__})
+
     # ------------------------------------------------------------------ atomic files
     @contextlib.contextmanager
     def writing(self, path: UPath | os.PathLike[str]) -> Iterator[Path]:
@@ -114,6 +170,8 @@ class Storage:
             temporary = final.with_name(f"{_TEMPORARY}{secrets.token_hex(6)}-{final.stem[:80]}{suffix}")
             try:
                 yield temporary
+                if suffix == ".tif":
+                    _assert_whole(temporary, final)
                 with open(temporary, "rb") as handle:
                     os.fsync(handle.fileno())
                 os.replace(temporary, final)
@@ -146,11 +204,19 @@ class Storage:
         self.write_text(path, json.dumps(content, indent=1, sort_keys=True, default=str))
 
     def read_json(self, path: UPath) -> Any | None:
-        """The content of a JSON file, or None where there is none."""
+        """The content of a JSON file, or None where there is none.
+
+        Raises
+        ------
+        DamagedFileError
+            if it is no JSON.
+        """
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
+        except (ValueError, RecursionError) as error:
+            raise DamagedFileError(f"{path} is damaged ({error}): remove it and materialize its asset again") from error
 
     def remove_stale(self, folder: str = "", older_than_s: float = 86_400.0) -> int:
         """Remove temporary files that a killed run left below ``folder``; returns how many."""
@@ -233,6 +299,18 @@ class Storage:
 
     def write_state(self, asset: str, partition: str, state: Mapping[str, Any]) -> None:
         self.write_json(self.state_path(asset, partition), dict(state))
+
+
+def _assert_whole(file: Path, final: Path) -> None:
+    """Read a new TIFF once: GDAL says nothing when the disk fills up while it closes a file."""
+    import rasterio
+
+    try:
+        with rasterio.open(file) as source:
+            for band in source.indexes:
+                source.checksum(band)
+    except rasterio.errors.RasterioIOError as error:
+        raise OSError(f"{final} could not be written whole: is there room on the disk?") from error
 
 
 class Snapshot(Storage):

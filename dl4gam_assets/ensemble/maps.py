@@ -52,8 +52,11 @@ def write_prediction(
                 target.set_band_description(band, name)
             target.scales = (SCALE,) * len(names)
             target.update_tags(**{k: str(v) for k, v in tags.items()})
-        with memory.open() as source:
-            rio_copy(source, path, driver="COG", compress="deflate", predictor=2, blocksize=256, overviews="AUTO")
+        with memory.open() as source, rasterio.MemoryFile() as finished:
+            options = {"compress": "deflate", "predictor": 2, "blocksize": 256, "overviews": "AUTO"}
+            rio_copy(source, finished.name, driver="COG", **options)
+            # GDAL says nothing when a disk fills up while it closes a file; writing its bytes does.
+            path.write_bytes(finished.read())
 
 
 def read_prediction(path: Path) -> dict[str, np.ndarray]:
@@ -72,7 +75,10 @@ def read_members(path: Path) -> np.ndarray:
 
 def _layers(path: Path, bands: list[int]) -> np.ndarray:
     with rasterio.open(path) as source:
-        digits = source.read(bands)
+        try:
+            digits = source.read(bands)
+        except rasterio.errors.RasterioIOError as error:
+            raise OSError(f"map {path} is damaged: remove it and materialize glacier_predictions again") from error
         scales = np.asarray([source.scales[band - 1] for band in bands], dtype=np.float32)
     out: np.ndarray = digits.astype(np.float32) * scales[:, None, None]
     out[digits == NODATA] = np.nan

@@ -10,6 +10,7 @@ import datetime as dt
 import functools
 import glob
 import hashlib
+import ipaddress
 import json
 import logging
 import os
@@ -18,7 +19,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import urlparse
+from urllib.parse import urlparse, urlsplit
 
 import pystac
 import shapely
@@ -259,7 +260,38 @@ def _item(feature: Mapping[str, Any], settings: StacApi) -> pystac.Item | None:
         for prefix, replacement in settings.href_prefixes.items():
             if asset.href.startswith(prefix):
                 asset.href = replacement + asset.href.removeprefix(prefix)
+    for name, asset in list(item.assets.items()):
+        if (why := stranger(asset.href, settings)) is not None:
+            log.warning(f"{settings.url}: asset {name!r} of item {item.id} is left out: {why}")
+            del item.assets[name]
     return item
+
+
+def stranger(href: str, settings: StacApi) -> str | None:
+    """Why an address that a catalog's server gave is not opened; None where it may be.
+
+    A server elsewhere has no say over files of this machine or hosts of its network: ``file:///etc/passwd``,
+    ``/vsizip/...``, ``http://169.254.169.254/``. Addresses that ``href_prefixes`` made are the user's own, and a
+    server on this machine (loopback) may name what it likes.
+    """
+    if any(made and href.startswith(made) for made in settings.href_prefixes.values()):
+        return None
+    here = urlsplit(settings.url).hostname or ""
+    parts = urlsplit(href)
+    if parts.scheme not in {"http", "https", "s3", "gs", "az", "abfs"}:
+        return None if _is_inside(here, loopback=True) and local_path(href) else f"{href[:80]} is no address on the web"
+    if parts.scheme in {"http", "https"} and _is_inside(parts.hostname or "") and not _is_inside(here):
+        return f"{parts.hostname} is a host of this network, which a catalog elsewhere does not choose"
+    return None
+
+
+def _is_inside(host: str, *, loopback: bool = False) -> bool:
+    """Whether a host is this machine (or, without ``loopback``, one of its network) by its name or number."""
+    try:
+        number = ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost" or (not loopback and ("." not in host or host.endswith((".local", ".internal"))))
+    return number.is_loopback or (not loopback and not number.is_global)
 
 
 def _halves(bbox: Sequence[float]) -> list[tuple[float, ...]]:

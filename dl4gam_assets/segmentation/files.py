@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from upath import UPath
 
 from dl4gam_assets.segmentation.model import build_model, channels_last
-from dl4gam_assets.settings import ModelSettings
+from dl4gam_assets.settings import ModelSettings, SettingsError
 from dl4gam_assets.storage import Storage
 
 if TYPE_CHECKING:
@@ -79,13 +79,13 @@ def load_member(
     Raises
     ------
     ModelFileError
-        if a file is missing or damaged, the weights are not those of the JSON or not the expected ones, they do not fit
-        the network, or the member was trained with other channels or another normalization.
+        if a file is missing or damaged, the weights are not those of the JSON, not the expected ones or no numbers,
+        they do not fit the network, or the member was trained with other channels or another normalization.
     """
     try:
         meta = storage.read_json(folder / "model.json")
         settings = ModelSettings.model_validate(meta["model"]) if meta is not None else None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelFileError(f"{folder / 'model.json'} is damaged ({error}): train the member again") from error
     if meta is None or settings is None:
         raise ModelFileError(f"{folder} holds no finished model: materialize its ensemble_member")
@@ -108,7 +108,13 @@ def load_member(
             state = load_file(path)
         except SafetensorError as error:
             raise ModelFileError(f"{weights} is no safetensors file: {error}") from error
-    model = build_model(settings, pretrained=False)
+    broken = next((name for name, values in state.items() if not torch.isfinite(values).all()), None)
+    if broken is not None:
+        raise ModelFileError(f"{weights}: {broken} holds values that are no numbers: train the member again")
+    try:
+        model = build_model(settings, pretrained=False)
+    except SettingsError as error:
+        raise ModelFileError(f"{folder / 'model.json'} is damaged ({error}): train the member again") from error
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

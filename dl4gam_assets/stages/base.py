@@ -243,6 +243,12 @@ class Workspace:
         """Apply ``function`` to each ``(glacier_id, arguments)``; one failure never loses the others.
 
         Returns values by glacier id (sorted), and the failures, which replace those of the partition's last run.
+
+        Raises
+        ------
+        UpstreamError
+            if all of several glaciers failed for one and the same reason: then it is not theirs (a catalog, the weights
+            of a member), and what the partition held is better left as it is.
         """
         todo = list(tasks)
 
@@ -260,6 +266,8 @@ class Workspace:
                 self.unreachable += done.transient
                 self.logger.warning(f"{stage} [{partition}] glacier {done.key}: {done.error}")
         frame = self.write_failures(stage, partition, [(d.key, d.error or "", d.kind or "") for d in failures])
+        if len(todo) > 1 and not values and len({d.error for d in failures}) == 1 and not self.unreachable:
+            raise UpstreamError(f"{stage} [{partition}]: all {len(todo)} glaciers failed: {failures[0].error}")
         return dict(sorted(values.items())), frame
 
     def write_failures(self, stage: str, partition: str, rows: Sequence[tuple[str, str, str]]) -> pd.DataFrame:
@@ -306,6 +314,7 @@ def run_stage(
     ``work`` returns the output fingerprint, metadata and previews. ``changed`` names files behind the inputs that are
     not what they were when the partition was made, where the inputs themselves do not tell.
     """
+    ws.storage.check_format(write=not ws.probe)
     wanted, named = input_fingerprint(inputs), named_inputs(inputs)
     state = ws.storage.read_state(asset, partition)
     current = bool(state and state["input"] == wanted and not force and not changed and not state.get("failed"))

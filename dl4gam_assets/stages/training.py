@@ -36,6 +36,9 @@ from dl4gam_assets.stages.base import (
 )
 from dl4gam_assets.stages.files import changed_files, full_hash, record_files
 
+#: Roles of glaciers in a fold, as people say them.
+ROLE_NAMES = {"train": "training", "valid": "validation", "test": "test"}
+
 
 def members_of(ws_or_site: Workspace | Site, fold: int, role: str) -> list[str]:
     """Glaciers of a fold in a role that have a cube in the baseline year.
@@ -52,8 +55,8 @@ def members_of(ws_or_site: Workspace | Site, fold: int, role: str) -> list[str]:
     found = [g for g in wanted if g in cubes]
     if not found:
         raise UpstreamError(
-            f"fold {fold} has no {role} glacier with an image in the baseline year {site.region.years.baseline}: "
-            "use fewer folds, or give those glaciers an image (overrides)"
+            f"fold {fold} has no {ROLE_NAMES.get(role, role)} glacier with an image in the baseline year "
+            f"{site.region.years.baseline}: use fewer folds, or give those glaciers an image (overrides)"
         )
     return found
 

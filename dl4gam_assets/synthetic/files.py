@@ -119,6 +119,8 @@ def write_cog(
         target.write(data, 1)
         target.set_band_description(1, description)
         target.update_tags(**tags)
+    with rasterio.open(path) as written:  # GDAL says nothing when the disk fills up while it closes a file
+        written.checksum(1)
 
 
 def digital_numbers(reflectance: F32, offset: float, valid: NDArray[np.bool_]) -> NDArray[np.uint16]:

@@ -51,7 +51,7 @@ def _with_hole(n: int) -> Any:
 
 def _many_vertices(n: int) -> Any:
     angle = np.linspace(0, 2 * np.pi, 1_000_000, endpoint=False)
-    radius = 0.01 * (1 + 0.02 * np.sin(5000 * angle))
+    radius = 0.01 * (1 + 0.02 * np.sin(200 * angle))
     centre = square(n).centroid
     return shapely.Polygon(np.column_stack([centre.x + radius * np.cos(angle), centre.y + radius * np.sin(angle)]))
 

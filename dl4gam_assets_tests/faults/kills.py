@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +24,7 @@ import pandas as pd
 
 from dl4gam_assets.storage import Storage
 from dl4gam_assets.tables import TABLES
+from dl4gam_assets_tests.faults.table import Bench, Outcome, fault
 from dl4gam_assets_tests.small_region import Small
 
 #: What is worked on -> assets whose partitions are forgotten, so that a run has this to do (and all that follows).
@@ -179,42 +181,27 @@ def killed(small: Small, truth: Storage, work: str, kills: int, seed: int, secon
     return result if not left else Result(work, result.kills, result.late, [*result.wrong, f"{len(left)} leftovers"])
 
 
-def main() -> None:
-    """`make faults`: a hundred kills, and a table."""
-    import argparse
-    import tempfile
-
-    from rich.console import Console
-    from rich.table import Table
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=1)
-    choice = parser.parse_args()
-    console = Console()
-    with tempfile.TemporaryDirectory(prefix="dl4gam-faults-") as folder:
-        small = Small(Path(folder) / "undisturbed")
-        console.print("making the undisturbed store ...")
-        assert small.run().failed == []
-        table = Table("killed while working on", "kills", "contained", "lost")
-        wrong = 0
-        each = -(-choice.kills // len(WORK))
-        for number, work in enumerate(WORK):
-            copy = small.copy(Path(folder) / work)
-            forget(copy.storage, work)
-            begin = time.monotonic()
-            start(copy).wait(timeout=900)
-            seconds = time.monotonic() - begin
-            result = killed(copy, small.storage, work, each, choice.seed + number, seconds)
-            wrong += len(result.wrong)
-            table.add_row(
-                f"{work} ({seconds:.0f} s)", str(result.kills), "all" if not result.wrong else "not all",
-                "; ".join(result.wrong)[:300] or "nothing",
-            )  # fmt: skip
-            console.print(f"{work}: {result.kills} kills, {result.late} came too late, {len(result.wrong)} wrong")
-        console.print(table)
-    raise SystemExit(1 if wrong else 0)
+#: Kills of `make faults`, in all.
+KILLS = 100
 
 
-if __name__ == "__main__":
-    main()
+def _attempt(work: str, number: int) -> Callable[[Bench], Outcome]:
+    def attempt(bench: Bench) -> Outcome:
+        copy = bench.copy()
+        forget(copy.storage, work)
+        begin = time.monotonic()
+        start(copy).wait(timeout=900)
+        seconds = time.monotonic() - begin
+        result = killed(copy, bench.small.storage, work, -(-KILLS // len(WORK)), number, seconds)
+        return Killed(f"a run of {seconds:.0f} s, {result.late} kills too late", result.wrong, result.kills)
+
+    return attempt
+
+
+@dataclass
+class Killed(Outcome):
+    times: int = 1
+
+
+for _number, _work in enumerate(WORK):
+    fault("kill -9", _work, long=True)(_attempt(_work, _number))

@@ -72,7 +72,7 @@ class Fault:
     group: str
     name: str
     attempt: Attempt
-    long: bool
+    long: bool  # only in `make faults`
 
     @property
     def label(self) -> str:
@@ -104,9 +104,9 @@ def tried(one: Fault, bench: Bench) -> dict[str, Outcome]:
 
 def all_faults() -> list[Fault]:
     """Every registered fault, group by group."""
-    from dl4gam_assets_tests.faults import environment, inventories, kills, models, scenes
+    from dl4gam_assets_tests.faults import catalogs, environment, inventories, kills, models, scenes
 
-    assert environment and inventories and kills and models and scenes
+    assert catalogs and environment and inventories and kills and models and scenes
     return FAULTS
 
 

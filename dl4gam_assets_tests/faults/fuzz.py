@@ -1,0 +1,160 @@
+"""Parsers of what comes from outside, given nonsense.
+
+Belongs here: for each parser the bytes of a valid input and a call that may end well, or in the error that it promises.
+Does not belong here: hypothesis (``test_fuzz``). With atheris installed, ``python -m dl4gam_assets_tests.faults.fuzz
+NAME`` searches on, guided by coverage, until it is stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import geopandas as gpd
+import numpy as np
+import pandas as pd
+import rasterio
+import shapely
+import yaml
+from rasterio.errors import RasterioError
+
+from dl4gam_assets.imagery.catalogs import CatalogError, _item, open_catalog
+from dl4gam_assets.imagery.ranking import read_overrides
+from dl4gam_assets.imagery.sources import SceneError, forget_files
+from dl4gam_assets.inventory import read_inventory
+from dl4gam_assets.inventory.reading import read_date
+from dl4gam_assets.segmentation.files import ModelFileError, load_member
+from dl4gam_assets.settings import InventoryColumns, InventorySettings, SettingsError, StacApi, load_region
+from dl4gam_assets.storage import DamagedFileError, Storage, StoreFormatError
+from dl4gam_assets.terrain.sources import files_of
+
+GLACIERS = pd.DataFrame({"glacier_id": ["a", "b"], "modelled": [True, True]})
+
+
+@dataclass(frozen=True)
+class Parser:
+    """A valid input, the file name that it gets, and the reader of that file."""
+
+    valid: bytes
+    name: str
+    read: Callable[[Path], Any]
+    promised: tuple[type[Exception], ...]
+
+
+def _inventory_file(folder: Path, suffix: str) -> bytes:
+    frame = gpd.GeoDataFrame({"id": ["a", "b"], "date": ["20150829", "2016"]},
+                             geometry=[shapely.box(8, 46, 8.01, 46.01), shapely.box(9, 46, 9.01, 46.01)], crs=4326)  # fmt: skip
+    path = folder / f"valid{suffix}"
+    frame.to_parquet(path) if suffix == ".parquet" else frame.to_file(path, driver="GeoJSON")
+    return path.read_bytes()
+
+
+def _tif(folder: Path) -> bytes:
+    path = folder / "valid.tif"
+    data = np.arange(64 * 64, dtype="uint16").reshape(1, 64, 64)
+    with rasterio.open(
+        path, "w", driver="GTiff", width=64, height=64, count=1, dtype="uint16", crs="EPSG:32632", compress="deflate",
+        transform=rasterio.Affine(10, 0, 6e5, 0, -10, 5e6),
+    ) as target:  # fmt: skip
+        target.write(data)
+    return path.read_bytes()
+
+
+def _read_inventory(path: Path) -> Any:
+    columns = InventoryColumns(glacier_id="id", date="date")
+    return read_inventory(path, InventorySettings(path="unused", columns=columns))
+
+
+def _read_item(path: Path) -> Any:
+    """As a server would give it: what is no JSON object never gets this far."""
+    try:
+        feature = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return None
+    settings = StacApi(url="https://example.org", collections=["c"])
+    return _item(feature, settings) if isinstance(feature, dict) else None
+
+
+def _read_catalog(path: Path) -> Any:
+    from dl4gam_assets.settings import SensorSettings, StacFolder
+
+    sensor = SensorSettings(bands={"red": "red"}, cloud_masks=[])
+    return open_catalog(StacFolder(path=path.name), path.parent, sensor).search((8, 46, 9, 47), *_DAYS)
+
+
+def _read_member(path: Path) -> Any:
+    return load_member(Storage(path.parent), Storage(path.parent).root)
+
+
+def parsers(folder: Path, member: Path | None = None) -> dict[str, Parser]:
+    """All parsers, with valid inputs that are made in ``folder``."""
+    item = {
+        "type": "Feature", "stac_version": "1.0.0", "id": "scene", "collection": "c", "links": [],
+        "geometry": shapely.geometry.mapping(shapely.box(8, 46, 9, 47)), "bbox": [8, 46, 9, 47],
+        "properties": {"datetime": "2016-08-14T10:20:30Z", "proj:code": "EPSG:32632"},
+        "assets": {"red": {"href": "https://example.org/a.tif", "raster:bands": [{"scale": 0.0001, "offset": 0}]}},
+    }  # fmt: skip
+    catalog = {"type": "Catalog", "stac_version": "1.0.0", "id": "c", "description": "d", "links": []}
+    region = Path(__file__).parents[2] / "dl4gam_assets" / "regions" / "oetztal.yaml"
+    overrides = "glacier_id,year,date,remark\na,2016,2016-08-14,clear\nb,2016,reject,snow\n"
+    found = {
+        "inventory.parquet": Parser(_inventory_file(folder, ".parquet"), "i.parquet", _read_inventory, (SettingsError,)),
+        "inventory.geojson": Parser(_inventory_file(folder, ".geojson"), "i.geojson", _read_inventory, (SettingsError,)),
+        "date": Parser(b"2015-08-29", "d.txt", lambda p: read_date(p.read_bytes().decode("latin-1")), ()),
+        "overrides.csv": Parser(
+            overrides.encode(), "o.csv", lambda p: read_overrides(p, GLACIERS, [2015, 2016], 2015), (SettingsError,)
+        ),
+        "region.yaml": Parser(region.read_bytes(), "r.yaml", load_region, (SettingsError,)),
+        "item.json": Parser(json.dumps(item).encode(), "i.json", _read_item, ()),
+        "catalog.json": Parser(json.dumps(catalog).encode(), "c.json", _read_catalog, (CatalogError, SettingsError)),
+        "state.json": Parser(
+            b'{"input": "a", "output": "b"}', "s.json", lambda p: Storage(p.parent).read_json(Storage(p).root),
+            (DamagedFileError,),
+        ),
+        "store.json": Parser(
+            b'{"format": 1, "written_by": "0.1.0"}', "store.json", lambda p: Storage(p.parent).check_format(),
+            (StoreFormatError,),
+        ),
+        "dem.tif": Parser(_tif(folder), "d.tif", _read_tif, (RasterioError, OSError, ValueError)),
+    }  # fmt: skip
+    if member is not None:
+        for name in ("model.json", "model.safetensors"):
+            found[name] = Parser((member / name).read_bytes(), name, _read_member, (ModelFileError,))
+    return found
+
+
+def attempt(parser: Parser, content: bytes, folder: Path) -> None:
+    """Read ``content``; raises what the parser does not promise."""
+    path = folder / parser.name
+    path.write_bytes(content)
+    try:
+        parser.read(path)
+    except parser.promised as error:
+        assert str(error).strip(), "an error without words"
+    finally:
+        forget_files()
+
+
+def main() -> None:
+    """Coverage-guided search by atheris."""
+    import atheris  # type: ignore[import-not-found]
+
+    folder = Path(tempfile.mkdtemp(prefix="dl4gam-fuzz-"))
+    parser = parsers(folder)[sys.argv.pop(1)]
+    atheris.instrument_all()
+    try:
+        atheris.Setup(sys.argv, lambda content: attempt(parser, bytes(content), folder))
+        atheris.Fuzz()
+    finally:
+        shutil.rmtree(folder)
+
+
+assert SceneError and yaml and files_of
+if __name__ == "__main__":
+    main()
