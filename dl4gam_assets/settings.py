@@ -411,7 +411,11 @@ class FoldSettings(_Strict):
 
 class ModelSettings(_Strict):
     architecture: str = Field("Unet", description="A segmentation-models-pytorch architecture.")
-    encoder: str = "resnet34"
+    encoder: str = Field(
+        "resnet34",
+        pattern=r"^[A-Za-z0-9_.+-]+$",
+        description="One of segmentation-models-pytorch, or of timm as 'tu-<name>'; no hub address or folder.",
+    )
     encoder_depth: int = Field(5, ge=1, le=5)
     decoder_channels: list[int] = [256, 128, 64, 32, 16]
     encoder_weights: str | None = Field(
@@ -894,7 +898,7 @@ def load_region(name_or_path: str | Path, overrides: Mapping[str, Any] | None = 
     text, where = _region_text(str(name_or_path))
     try:
         raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2016-02-31
         raise SettingsError(f"{where} is not valid YAML: {error}") from error
     if not isinstance(raw, dict):
         raise SettingsError(f"{where} must be a YAML mapping of settings")
@@ -922,7 +926,10 @@ def _region_text(name: str) -> tuple[str, str]:
         return resource.read_text(encoding="utf-8"), f"packaged region {name!r}"
     path = Path(os.path.expandvars(name)).expanduser()
     if path.is_file():
-        return path.read_text(encoding="utf-8"), str(path)
+        try:
+            return path.read_text(encoding="utf-8"), str(path)
+        except (OSError, UnicodeDecodeError) as error:
+            raise SettingsError(f"{path} can not be read as text in UTF-8: {error}") from error
     near = _nearest(name, packaged_regions())
     hint = f" Did you mean {near!r}?" if near else ""
     raise SettingsError(

@@ -251,10 +251,9 @@ def _item(feature: Mapping[str, Any], settings: StacApi) -> pystac.Item | None:
     """An item of an answer, with the wished addresses; None (and a warning) where it can not be used."""
     try:
         item = pystac.Item.from_dict(dict(feature), preserve_dict=False)
-        footprint(item)
-        solar_day(item)
+        _assert_usable(item)
     except Exception as error:
-        log.warning(f"{settings.url}: item {feature.get('id', '?')} is left out: {_words(error)}")
+        log.warning(f"{settings.url}: item {str(feature.get('id', '?'))[:100]} is left out: {_words(error)}")
         return None
     for asset in item.assets.values():
         for prefix, replacement in settings.href_prefixes.items():
@@ -469,7 +468,14 @@ class _Parquet:
         except (pyarrow.ArrowException, OSError) as error:
             raise CatalogError(f"stac-geoparquet {self.where} can not be read: {_words(error)}") from error
         for row in rows:
-            yield self._item(row)
+            try:
+                item = self._item(row)
+                _assert_usable(item)
+            except Exception as error:
+                raise CatalogError(
+                    f"stac-geoparquet {self.where}: item {str(row.get('id'))[:100]} can not be read: {_words(error)}"
+                ) from error
+            yield item
 
     def _item(self, row: dict[str, Any]) -> pystac.Item:
         """An item from a row: properties are columns of their own, assets a struct with nulls for those that lack."""
@@ -515,13 +521,21 @@ def _read_stac(path: Path) -> list[pystac.Item]:
                 where = link.get_absolute_href() or link.href
                 item = link.resolve_stac_object(root).target
                 if isinstance(item, pystac.Item):
+                    item.make_asset_hrefs_absolute()
+                    _assert_usable(item)
                     items.append(item)
             where = folder.get_self_href() or str(path)
     except Exception as error:
         raise CatalogError(f"STAC file {where} of the catalog {path} can not be read: {error}") from error
-    for item in items:
-        item.make_asset_hrefs_absolute()
     return items
+
+
+def _assert_usable(item: pystac.Item) -> None:
+    """Raise whatever is wrong with an item's ground, time or addresses."""
+    footprint(item)
+    solar_day(item)
+    for asset in item.assets.values():
+        local_path(asset.href)
 
 
 def _items_of_folder(catalog: SceneFolder, folder: Path, sensor: SensorSettings) -> list[pystac.Item]:

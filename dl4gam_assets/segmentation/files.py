@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from upath import UPath
 
 from dl4gam_assets.segmentation.model import build_model, channels_last
-from dl4gam_assets.settings import ModelSettings, SettingsError
+from dl4gam_assets.settings import ModelSettings
 from dl4gam_assets.storage import Storage
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def load_member(
         raise ModelFileError(f"{weights} is missing: materialize its ensemble_member again")
     with storage.reading(weights) as path:
         sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-        if sha256 != meta["sha256"]:
+        if sha256 != meta.get("sha256"):
             raise ModelFileError(f"{weights} is not the file of its model.json (its hash differs): train it again")
         if expected_sha256 is not None and sha256 != expected_sha256:
             raise ModelFileError(
@@ -113,7 +113,9 @@ def load_member(
         raise ModelFileError(f"{weights}: {broken} holds values that are no numbers: train the member again")
     try:
         model = build_model(settings, pretrained=False)
-    except SettingsError as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a library's own errors for names and sizes that it does not know
         raise ModelFileError(f"{folder / 'model.json'} is damaged ({error}): train the member again") from error
     try:
         model.load_state_dict(state)

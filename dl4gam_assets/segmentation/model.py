@@ -51,7 +51,7 @@ def build_model(settings: ModelSettings, *, pretrained: bool = True) -> torch.nn
             f"model.encoder_weights: the weights {weights!r} of {settings.encoder} could not be downloaded "
             f"({' '.join(str(error).split())[:200]}); set it to a local .safetensors file, or to null (random weights)"
         ) from error
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
         raise SettingsError(
             f"model: segmentation-models-pytorch can not build {settings.architecture} with encoder {settings.encoder} "
             f"of depth {settings.encoder_depth}: {error}"

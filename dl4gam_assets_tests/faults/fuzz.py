@@ -7,6 +7,7 @@ NAME`` searches on, guided by coverage, until it is stopped.
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import shutil
 import sys
@@ -19,21 +20,34 @@ from typing import Any
 import geopandas as gpd
 import numpy as np
 import pandas as pd
+import pystac
 import rasterio
 import shapely
-import yaml
-from rasterio.errors import RasterioError
+from odc.geo.geobox import GeoBox
 
-from dl4gam_assets.imagery.catalogs import CatalogError, _item, open_catalog
+from dl4gam_assets.imagery.catalogs import CatalogError, _item, open_catalog, write_items
 from dl4gam_assets.imagery.ranking import read_overrides
+from dl4gam_assets.imagery.reading import read_image
 from dl4gam_assets.imagery.sources import SceneError, forget_files
 from dl4gam_assets.inventory import read_inventory
 from dl4gam_assets.inventory.reading import read_date
 from dl4gam_assets.segmentation.files import ModelFileError, load_member
-from dl4gam_assets.settings import InventoryColumns, InventorySettings, SettingsError, StacApi, load_region
+from dl4gam_assets.settings import (
+    ImagerySettings,
+    InventoryColumns,
+    InventorySettings,
+    SensorSettings,
+    SettingsError,
+    StacApi,
+    StacFolder,
+    StacGeoparquet,
+    load_region,
+)
 from dl4gam_assets.storage import DamagedFileError, Storage, StoreFormatError
-from dl4gam_assets.terrain.sources import files_of
 
+SENSOR = SensorSettings(bands={"red": "red"}, scale=0.0001, offset=0.0, nodata=0)
+CATALOG = {"type": "Catalog", "stac_version": "1.0.0", "id": "c", "description": "d", "links": []}
+GEOBOX = GeoBox((40, 40), rasterio.Affine(10, 0, 6.001e5, 0, -10, 4.9999e6), "EPSG:32632")
 GLACIERS = pd.DataFrame({"glacier_id": ["a", "b"], "modelled": [True, True]})
 
 
@@ -48,10 +62,19 @@ class Parser:
 
 
 def _inventory_file(folder: Path, suffix: str) -> bytes:
-    frame = gpd.GeoDataFrame({"id": ["a", "b"], "date": ["20150829", "2016"]},
-                             geometry=[shapely.box(8, 46, 8.01, 46.01), shapely.box(9, 46, 9.01, 46.01)], crs=4326)  # fmt: skip
+    boxes = [shapely.box(8, 46, 8.01, 46.01), shapely.box(9, 46, 9.01, 46.01)]
+    frame = gpd.GeoDataFrame({"id": ["a", "b"], "date": ["20150829", "2016"]}, geometry=boxes, crs=4326)
     path = folder / f"valid{suffix}"
-    frame.to_parquet(path) if suffix == ".parquet" else frame.to_file(path, driver="GeoJSON")
+    if suffix == ".parquet":
+        frame.to_parquet(path)
+    else:
+        frame.to_file(path, driver={".geojson": "GeoJSON", ".gpkg": "GPKG"}[suffix])
+    return path.read_bytes()
+
+
+def _items_file(item: dict[str, Any], folder: Path) -> bytes:
+    path = folder / "items.parquet"
+    write_items([pystac.Item.from_dict(item)], ["red"], path)
     return path.read_bytes()
 
 
@@ -82,10 +105,27 @@ def _read_item(path: Path) -> Any:
 
 
 def _read_catalog(path: Path) -> Any:
-    from dl4gam_assets.settings import SensorSettings, StacFolder
+    catalog = open_catalog(StacFolder(path=path.name), path.parent, SENSOR)
+    return catalog.search((8, 46, 9, 47), dt.date(2016, 7, 1), dt.date(2016, 9, 30))
 
-    sensor = SensorSettings(bands={"red": "red"}, cloud_masks=[])
-    return open_catalog(StacFolder(path=path.name), path.parent, sensor).search((8, 46, 9, 47), *_DAYS)
+
+def _read_linked_item(path: Path) -> Any:
+    """An item of a catalog on disk."""
+    link = {"rel": "item", "href": f"./{path.name}", "type": "application/geo+json"}
+    catalog = path.parent / "catalog.json"
+    catalog.write_text(json.dumps({**CATALOG, "links": [link]}))
+    return _read_catalog(catalog)
+
+
+def _read_geoparquet(path: Path) -> Any:
+    catalog = open_catalog(StacGeoparquet(path=path.name), path.parent, SENSOR)
+    return catalog.search((8, 46, 9, 47), dt.date(2016, 7, 1), dt.date(2016, 9, 30))
+
+
+def _read_scene(path: Path) -> Any:
+    item = pystac.Item("scene", None, [8, 46, 9, 47], dt.datetime(2016, 8, 14, tzinfo=dt.UTC), {})
+    item.add_asset("red", pystac.Asset(str(path)))
+    return read_image([item], ImagerySettings(sensor=SENSOR, catalog=StacFolder(path="unused")), GEOBOX)
 
 
 def _read_member(path: Path) -> Any:
@@ -100,19 +140,22 @@ def parsers(folder: Path, member: Path | None = None) -> dict[str, Parser]:
         "properties": {"datetime": "2016-08-14T10:20:30Z", "proj:code": "EPSG:32632"},
         "assets": {"red": {"href": "https://example.org/a.tif", "raster:bands": [{"scale": 0.0001, "offset": 0}]}},
     }  # fmt: skip
-    catalog = {"type": "Catalog", "stac_version": "1.0.0", "id": "c", "description": "d", "links": []}
     region = Path(__file__).parents[2] / "dl4gam_assets" / "regions" / "oetztal.yaml"
     overrides = "glacier_id,year,date,remark\na,2016,2016-08-14,clear\nb,2016,reject,snow\n"
     found = {
-        "inventory.parquet": Parser(_inventory_file(folder, ".parquet"), "i.parquet", _read_inventory, (SettingsError,)),
-        "inventory.geojson": Parser(_inventory_file(folder, ".geojson"), "i.geojson", _read_inventory, (SettingsError,)),
+        f"inventory{suffix}": Parser(_inventory_file(folder, suffix), f"i{suffix}", _read_inventory, (SettingsError,))
+        for suffix in (".parquet", ".geojson", ".gpkg")
+    }
+    found |= {
         "date": Parser(b"2015-08-29", "d.txt", lambda p: read_date(p.read_bytes().decode("latin-1")), ()),
         "overrides.csv": Parser(
             overrides.encode(), "o.csv", lambda p: read_overrides(p, GLACIERS, [2015, 2016], 2015), (SettingsError,)
         ),
         "region.yaml": Parser(region.read_bytes(), "r.yaml", load_region, (SettingsError,)),
         "item.json": Parser(json.dumps(item).encode(), "i.json", _read_item, ()),
-        "catalog.json": Parser(json.dumps(catalog).encode(), "c.json", _read_catalog, (CatalogError, SettingsError)),
+        "catalog.json": Parser(json.dumps(CATALOG).encode(), "c.json", _read_catalog, (CatalogError,)),
+        "linked-item.json": Parser(json.dumps(item).encode(), "l.json", _read_linked_item, (CatalogError,)),
+        "items.parquet": Parser(_items_file(item, folder), "i.parquet", _read_geoparquet, (CatalogError,)),
         "state.json": Parser(
             b'{"input": "a", "output": "b"}', "s.json", lambda p: Storage(p.parent).read_json(Storage(p).root),
             (DamagedFileError,),
@@ -121,7 +164,7 @@ def parsers(folder: Path, member: Path | None = None) -> dict[str, Parser]:
             b'{"format": 1, "written_by": "0.1.0"}', "store.json", lambda p: Storage(p.parent).check_format(),
             (StoreFormatError,),
         ),
-        "dem.tif": Parser(_tif(folder), "d.tif", _read_tif, (RasterioError, OSError, ValueError)),
+        "scene.tif": Parser(_tif(folder), "scene.tif", _read_scene, (SceneError,)),
     }  # fmt: skip
     if member is not None:
         for name in ("model.json", "model.safetensors"):
@@ -155,6 +198,5 @@ def main() -> None:
         shutil.rmtree(folder)
 
 
-assert SceneError and yaml and files_of
 if __name__ == "__main__":
     main()

@@ -44,8 +44,18 @@ FILES = {
     "database": "results.duckdb",
     "report": "reports",
 }
-#: Columns that tell when and by which run, and so differ between two runs that agree.
-WHEN = {"time", "run_ids", "run_id", "materialization_id", "software", "seconds"}
+#: Columns that tell when, how fast and by which run, and so differ between two runs that agree.
+WHEN = {
+    "patches_per_second",
+    "data_wait_share",
+    "peak_memory_mb",
+    "time",
+    "run_ids",
+    "run_id",
+    "materialization_id",
+    "software",
+    "seconds",
+}
 
 
 @dataclass
