@@ -2,8 +2,9 @@
 #   make demo   install, materialize the demo region, compare with its known truth
 #   make ui     the Dagster UI on http://127.0.0.1:3000 with the same store
 #   make test   install and run the tests
-#   make faults every fault of docs/faults.md, kill -9 a hundred times, and a table (an hour)
+#   make faults every fault of docs/faults.md, kill -9 a hundred times, and a table (half an hour)
 #   make lint   style, types and the contract between rooms
+#   make audit  known vulnerabilities of the dependencies, where PyPI's data can be reached
 #   make docs   the site with tutorial and reference, in site/
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,10 +13,10 @@ export DL4GAM_HOME ?= $(CURDIR)/dl4gam_home
 REGION ?= demo
 PORT ?= 3000
 
-.PHONY: help install demo ui test faults lint docs clean
+.PHONY: help install demo ui test faults audit lint docs clean
 
 help:
-	@sed -n '2,7p' Makefile | cut -c3-
+	@sed -n '2,8p' Makefile | cut -c3-
 
 $(VENV)/.made:
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.11"'
@@ -49,6 +50,10 @@ test: $(VENV)/.test
 
 faults: $(VENV)/.test
 	$(BIN)/python -m dl4gam_assets_tests.faults
+
+audit: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet 'pip-audit>=2.7'
+	$(BIN)/python .ci/audit
 
 lint: $(VENV)/.lint $(VENV)/.test
 	$(BIN)/ruff check .

@@ -32,7 +32,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Small]:
     shared = tmp_path_factory.getbasetemp()
     if os.environ.get("PYTEST_XDIST_WORKER"):
         shared = shared.parent
-    home = shared / "small"
+    home = shared / "small-region"
     with FileLock(str(shared / "small.lock")):
         home.mkdir(exist_ok=True)
         made = Small(home)

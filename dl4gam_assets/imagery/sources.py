@@ -20,6 +20,7 @@ import ctypes
 import functools
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -205,16 +206,35 @@ def closing_files() -> Iterator[None]:
 
 
 def _open(href: str) -> Any:
-    with _MUTTERINGS.refused():
-        source = rasterio.open(signed(href))
+    try:
+        with _MUTTERINGS.refused():
+            source = rasterio.open(signed(href), driver=_driver_of(href))
+    except _NONSENSE as error:
+        raise SceneError(_damaged(href, error)) from error
     if source.crs is None:
         source.close()
         raise SceneError(f"scene file {href} has no coordinate reference system")
+    if not all(map(math.isfinite, source.transform)) or source.transform.is_degenerate:
+        source.close()
+        raise SceneError(f"scene file {href} has a geotransform without area: {tuple(source.transform)[:6]}")
     return source
+
+
+def _driver_of(href: str) -> str | None:
+    """GDAL's driver for a file on a network: GeoTIFF or JPEG 2000. Those of a local file are the user's choice (None).
+
+    Left to GDAL, the content chooses: a server elsewhere could give a VRT or a WMS description, which lead to any file
+    and any host.
+    """
+    if local_path(href) is not None:
+        return None
+    return "JP2OpenJPEG" if urlsplit(href).path.lower().endswith((".jp2", ".j2k", ".jpx")) else "GTiff"
 
 
 # ----------------------------------------------------------------------------------------------------- reading a file
 _TROUBLES = (rasterio.errors.RasterioError, CPLE_BaseError)
+#: What a header of numbers that make no sense together leads to, in rasterio and here.
+_NONSENSE = (ValueError, ArithmeticError, TypeError, KeyError)
 
 
 def read(href: str, action: Callable[[Any], T]) -> T:
@@ -288,6 +308,9 @@ def _once(key: _Key, action: Callable[[Any], T]) -> T:
     except SceneError:
         _POOL.give(key, source)  # the file is well, something about its content was refused
         raise
+    except _NONSENSE as error:
+        _close(source)
+        raise SceneError(_damaged(key[0], error)) from error
     except BaseException:
         _close(source)
         raise

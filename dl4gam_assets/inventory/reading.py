@@ -243,8 +243,14 @@ def read_date(value: Any) -> dt.datetime | None:
     """Acquisition date as inventories write it; None where it is unknown.
 
     Reads dates and times, ISO text, a year (2016, "2016.0"), and RGI's YYYYMMDD with 99 for an unknown month or day
-    and -9999999 for none. An unknown month becomes 15 August, an unknown day the 15th of its month.
+    and -9999999 for none. An unknown month becomes 15 August, an unknown day the 15th of its month. What lies outside
+    1800 to 2199 is no date of an image or a map, and so unknown.
     """
+    found = _read_date(value)
+    return found if found is not None and 1800 <= found.year < 2200 else None
+
+
+def _read_date(value: Any) -> dt.datetime | None:
     if value is None or (not isinstance(value, str) and pd.isna(value)):
         return None
     if isinstance(value, dt.datetime):

@@ -1,17 +1,13 @@
 """Parsers of what comes from outside, given nonsense.
 
 Belongs here: for each parser the bytes of a valid input and a call that may end well, or in the error that it promises.
-Does not belong here: hypothesis (``test_fuzz``). With atheris installed, ``python -m dl4gam_assets_tests.faults.fuzz
-NAME`` searches on, guided by coverage, until it is stopped.
+Does not belong here: what makes the nonsense (``test_fuzz`` by hypothesis, ``guided`` by atheris).
 """
 
 from __future__ import annotations
 
 import datetime as dt
 import json
-import shutil
-import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,21 +178,3 @@ def attempt(parser: Parser, content: bytes, folder: Path) -> None:
         assert str(error).strip(), "an error without words"
     finally:
         forget_files()
-
-
-def main() -> None:
-    """Coverage-guided search by atheris."""
-    import atheris  # type: ignore[import-not-found]
-
-    folder = Path(tempfile.mkdtemp(prefix="dl4gam-fuzz-"))
-    parser = parsers(folder)[sys.argv.pop(1)]
-    atheris.instrument_all()
-    try:
-        atheris.Setup(sys.argv, lambda content: attempt(parser, bytes(content), folder))
-        atheris.Fuzz()
-    finally:
-        shutil.rmtree(folder)
-
-
-if __name__ == "__main__":
-    main()

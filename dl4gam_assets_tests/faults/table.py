@@ -6,6 +6,7 @@ Does not belong here: the faults (one module a group).
 
 from __future__ import annotations
 
+import re
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -120,6 +121,31 @@ def rows(small: Small, folder: Path, wanted: list[Fault]) -> Iterator[tuple[Faul
             yield one, name, outcome, (time.monotonic() - begin) / len(outcomes)
 
 
+MARK = "<!-- the table of `make faults` -->\n"
+
+
+def write_page(page: Path, told: list[tuple[str, ...]]) -> None:
+    """Put the table of outcomes behind MARK in a Markdown file."""
+    head, mark, _ = page.read_text(encoding="utf-8").partition(MARK)
+    lines, group = [head, MARK], ""
+    for row in told:
+        if row[0] != group:
+            group = row[0]
+            lines += [f"\n## {group[0].upper()}{group[1:]}\n\n"]
+            lines += ["| fault | tried | contained | lost | what is said |\n", "| --- | ---: | --- | --- | --- |\n"]
+        lines.append("| " + " | ".join(_cell(text) for text in row[1:]) + " |\n")
+    if not mark:
+        raise SystemExit(f"{page} has no line {MARK.strip()!r}")
+    page.write_text("".join(lines), encoding="utf-8")
+
+
+def _cell(text: str) -> str:
+    """Text in a Markdown table: temporary paths shortened, markup and links defused."""
+    text = re.sub(r"http://127\.0\.0\.1:\d+", "http://catalog", text)
+    text = re.sub(r"/?\.\.\./\d{3}/copy", "STORE", text)
+    return text.replace("|", "/").replace("<", "&lt;").replace("_", "\\_").replace("*", "\\*").replace("[", "\\[")
+
+
 def main() -> None:
     """`make faults`: every fault, and the table; exit code 1 if anything was lost."""
     import argparse
@@ -127,6 +153,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description="Try every fault and print what came of it.")
     parser.add_argument("--only", default="", help="faults whose group or name holds this text")
+    parser.add_argument("--page", type=Path, help="Markdown file: the table in it is replaced")
     parser.add_argument("--kills", type=int, default=100, help="kill -9 so many times in all")
     choice = parser.parse_args()
     from dl4gam_assets_tests.faults import kills
@@ -140,16 +167,20 @@ def main() -> None:
         small = Small(Path(name) / "undisturbed")
         console.print("making the undisturbed store ...")
         assert small.run().failed == []
-        group = ""
+        group, told = "", []
         for one, label, outcome, seconds in rows(small, Path(name), wanted):
             if one.group != group:
                 table.add_section()
                 table.add_row(f"[bold]{one.group}[/bold]", "", "", "", "")
                 group = one.group
             times, well = getattr(outcome, "times", 1), "all" if not outcome.lost else "no"
-            table.add_row(label, str(times), well, "; ".join(outcome.lost)[:400] or "nothing", outcome.said[:160])
+            missing, said = "; ".join(outcome.lost)[:400] or "nothing", outcome.said.replace(name, "...")[:240]
+            table.add_row(label, str(times), well, missing, said)
+            told.append((one.group, label, str(times), well, missing, said))
             console.print(f"{one.group}: {label}: {'contained' if not outcome.lost else 'LOST'} ({seconds:.0f} s)")
             lost += bool(outcome.lost)
     console.print(table)
+    if choice.page is not None:
+        write_page(choice.page, told)
     console.print(f"{lost} faults with a loss")
     raise SystemExit(1 if lost else 0)
