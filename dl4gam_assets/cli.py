@@ -13,6 +13,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -920,6 +921,138 @@ def coverage(
         _save_plot(plots, name, validation_plots.coverage_plot(table, f"{settings.name}: judged by {judge}"))
     if file is not None:
         pd.concat([t.assign(judge=name) for name, t in tables.items()]).to_csv(file, index=False)
+
+
+# ---------------------------------------------------------------------------------------------------------- published
+_INVENTORY = ["simulated_inputs", "inventory_outlines", "debris_outlines", "glacier_zones"]
+
+
+def _importing(region: str, home: str | None, register: Callable[[Any], dict[str, Any]], before: list[str]) -> Any:
+    """Bring the assets in ``before`` up to date, then register files; returns settings, storage and what was found."""
+    from dl4gam_assets.published import PublishedFileError
+    from dl4gam_assets.stages.base import UpstreamError, Workspace
+
+    settings, storage = _open(region, home)
+    outcome = _run(region, settings, storage, home, [settings.years.baseline], None, before)
+    if outcome.failed:
+        raise _failed(outcome)
+    try:
+        return settings, storage, register(Workspace(settings, storage))
+    except (PublishedFileError, UpstreamError, OSError) as error:
+        raise _stop(_escape(str(error))) from error
+
+
+def _then(region: str, settings: Region, storage: Storage, home: str | None, years: Any, only: list[str]) -> None:
+    outcome = _run(region, settings, storage, home, years, None, only)
+    _print_timings(outcome)
+    if outcome.failed:
+        raise _failed(outcome)
+
+
+@app.command("import-cubes")
+def import_cubes(
+    path: Annotated[Path, typer.Argument(help="Folder of <entry_id>/<date>.nc, or the tar archive of it.")],
+    region: RegionOption = "demo",
+    home: HomeOption = None,
+    year: Annotated[
+        int | None, typer.Option(help="Year that they stand for; from the images' dates by default.")
+    ] = None,
+) -> None:
+    """Take published glacier-wide cubes as the glacier_cubes of a year (docs/reproduce.md)."""
+    from dl4gam_assets.stages.published import register_cubes
+
+    def register(ws: Any) -> dict[str, Any]:
+        return register_cubes(ws, path, year, say=lambda text: console.print(text, highlight=False))
+
+    settings, storage, found = _importing(region, home, register, _INVENTORY)
+    console.print(
+        f"{found['cubes']} cubes of {found['year']}; {found['without']} modelled glaciers have none, "
+        f"{found['not_modelled']} are below min_area_km2", highlight=False,
+    )  # fmt: skip
+    assets = ["elevation", "scene_candidates", "selected_scenes", "elevation_change", "glacier_cubes"]
+    if found["year"] != settings.years.baseline:
+        from dl4gam_assets.stages.published import cubes_import
+
+        if cubes_import(storage, settings.years.baseline) is None:
+            raise _stop(
+                f"registered; now import the cubes of the baseline year {settings.years.baseline}: elevation and folds "
+                "are made from them. Both are then converted"
+            )
+    _then(region, settings, storage, home, [found["year"]], assets)
+
+
+@app.command("import-splits")
+def import_splits(
+    path: Annotated[
+        Path,
+        typer.Argument(help="map_all_splits_all_folds.csv, or a folder with it and the stats_agg_split_<i>.csv."),
+    ],
+    region: RegionOption = "demo",
+    home: HomeOption = None,
+) -> None:
+    """Take a published fold map, and the normalization tables beside it (docs/reproduce.md)."""
+    from dl4gam_assets.stages.published import register_splits
+
+    settings, storage, found = _importing(region, home, lambda ws: register_splits(ws, path), _INVENTORY)
+    console.print(
+        f"folds of {found['glaciers']} glaciers ({found['without']} modelled ones have none), "
+        f"{found['normalization']} normalization tables", highlight=False,
+    )  # fmt: skip
+    assets = ["cross_validation_folds", *(["normalization"] if found["normalization"] else [])]
+    _then(region, settings, storage, home, [settings.years.baseline], assets)
+
+
+@app.command("import-checkpoints")
+def import_checkpoints(
+    path: Annotated[Path, typer.Argument(help="Folder of split_<i>/seed_<s>/.../checkpoints/ckpt-*.ckpt.")],
+    region: RegionOption = "demo",
+    home: HomeOption = None,
+    indices: Annotated[
+        str | None,
+        typer.Option(help="Order of the optical indices, for example NDSI,NDVI,NDWI, where no settings say it."),
+    ] = None,
+) -> None:
+    """Take published checkpoints as ensemble members: weights only, proven by a forward pass (docs/reproduce.md)."""
+    from dl4gam_assets.stages.published import register_checkpoints
+
+    order = None if indices is None else [name.strip().upper() for name in indices.split(",")]
+    if order is not None and sorted(order) != ["NDSI", "NDVI", "NDWI"]:
+        raise _stop("--indices wants NDVI, NDWI and NDSI in some order, separated by commas")
+    settings, storage, found = _importing(
+        region, home, lambda ws: register_checkpoints(ws, path, order), [*_INVENTORY, "cross_validation_folds"]
+    )
+    console.print(
+        f"{found['checkpoints']} checkpoints: folds {', '.join(map(str, found['folds']))}, {found['members']} members "
+        "each", highlight=False,
+    )  # fmt: skip
+    _then(region, settings, storage, home, [settings.years.baseline], ["normalization", "ensemble_member", "ensemble"])
+
+
+@app.command("export-published")
+def export_published_layout(
+    folder: Annotated[Path, typer.Argument(help="Folder for the files.")],
+    year: Annotated[int, typer.Option(help="Year whose cubes are written.")],
+    region: RegionOption = "demo",
+    home: HomeOption = None,
+) -> None:
+    """Write a year's cubes, folds and normalization in the layout of the published data set."""
+    from dl4gam_assets.compute import close_clusters
+    from dl4gam_assets.stages.base import UpstreamError, Workspace
+    from dl4gam_assets.stages.published import export_published
+
+    settings, storage = _open(region, home)
+    _check_choice("year", [year], settings.years.all())
+    try:
+        made = export_published(Workspace(settings, storage), year, folder.absolute())
+    except (UpstreamError, OSError) as error:
+        raise _stop(_escape(str(error))) from error
+    finally:
+        close_clusters()
+    for text in made["failed"]:
+        console.print(f"  {text}", highlight=False, markup=False)
+    console.print(f"{made['cubes']} cubes, {made['tables']} tables: {folder}", highlight=False, soft_wrap=True)
+    if made["failed"]:
+        raise typer.Exit(1)
 
 
 @app.command()

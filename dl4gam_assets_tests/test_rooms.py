@@ -12,8 +12,8 @@ import dl4gam_assets
 
 PACKAGE = Path(dl4gam_assets.__file__).parent
 SCIENCE = (
-    "inventory", "imagery", "terrain", "cubes", "segmentation", "ensemble", "change", "publication", "synthetic",
-    "stages"
+    "inventory", "imagery", "terrain", "cubes", "segmentation", "ensemble", "change", "published", "publication",
+    "synthetic", "stages",
 )  # fmt: skip
 DAGSTER_ROOMS = ("assets", "definitions.py", "automation.py", "checks.py", "partitions.py", "resources.py")
 

@@ -81,8 +81,6 @@ def static_layers(
     ValueError
         if its outline holds no pixel centre of the grid, or a zone is missing.
     """
-    from odc.geo.xr import xr_coords
-
     own = rows_of(glaciers, glacier_id)
     if not len(own):
         raise KeyError(f"glacier {glacier_id!r} is not in the inventory")
@@ -106,47 +104,77 @@ def static_layers(
     glacier = index == me
     if not glacier.any():
         raise ValueError(f"glacier {glacier_id}: its outline holds no pixel centre at {geobox.resolution.x} m")
-    nearest = ndimage.distance_transform_edt(index < 0, return_distances=False, return_indices=True)
-    masks: dict[str, np.ndarray] = {
-        "not_ok": np.zeros(geobox.shape, dtype=bool),
-        "glacier": glacier,
-        "any_glacier": index >= 0,
-        "debris": np.zeros(geobox.shape, dtype=bool),
-    }
+    covered = np.zeros(geobox.shape, dtype=bool)
     if len(debris):
         near = debris.iloc[debris.sindex.query(window, predicate="intersects")]
         if len(near):
-            masks["debris"] = (burn(near.geometry.to_crs(crs), [1] * len(near), 0) == 1) & (index >= 0)
+            covered = (burn(near.geometry.to_crs(crs), [1] * len(near), 0) == 1) & (index >= 0)
     own_zones = rows_of(zones, glacier_id).set_index("buffer_m")
     lacking = set(buffers_m) - set(own_zones.index)
     if lacking:
         raise ValueError(
             f"glacier {glacier_id} has no zones of {sorted(lacking)} m; materialize glacier_zones with these buffers"
         )
-    for buffer_m in sorted(buffers_m):
-        shape = own_zones.geometry.loc[[buffer_m]].to_crs(crs)
-        zone = burn(shape, [1], 0) == 1
-        masks[zone_name(buffer_m)] = (zone & (glacier | (index < 0))) if buffer_m > 0 else zone & glacier
-        if buffer_m >= 0:
-            masks[zone_name(buffer_m)] |= glacier
-    masks["cell"] = index[tuple(nearest)] == me
+    burnt = {b: burn(own_zones.geometry.loc[[b]].to_crs(crs), [1], 0) == 1 for b in buffers_m}
+    out = grid_dataset(geobox)
+    out["mask"] = pack_masks(glacier_masks(index, me, covered, burnt))
+    out["glacier_index"] = (("y", "x"), index, {"long_name": "integer id of the glacier, -1 elsewhere"})
+    if dem_paths is not None:
+        dem = read_elevation(dem_paths, geobox, dem_nodata)
+        out["dem"] = (("y", "x"), dem, terrain_attributes("dem"))
+        pixel = abs(float(geobox.resolution.x))
+        for name, values in terrain_derivatives(dem, pixel, smoothing_sigma).items():
+            out[name] = (("y", "x"), values, terrain_attributes(name))
+    if velocity_paths is not None:
+        speed = read_velocity(velocity_paths, geobox)
+        out["v"] = (("y", "x"), speed, terrain_attributes("v"))
+    out.attrs |= {"glacier_id": glacier_id, "Conventions": "CF-1.11"}
+    return out
+
+
+def grid_dataset(geobox: GeoBox) -> xr.Dataset:
+    """An empty Dataset with the coordinates and the CRS of a grid."""
+    from odc.geo.xr import xr_coords
 
     out = xr.Dataset(coords=xr_coords(geobox))
     for axis in ("x", "y"):
         out[axis].attrs |= {"standard_name": f"projection_{axis}_coordinate", "units": "m", "axis": axis.upper()}
-    out["mask"] = pack_masks(masks)
-    out["glacier_index"] = (("y", "x"), index, {"long_name": "integer id of the glacier, -1 elsewhere"})
-    if dem_paths is not None:
-        dem = read_elevation(dem_paths, geobox, dem_nodata)
-        out["dem"] = (("y", "x"), dem, {"standard_name": "surface_altitude", "units": "m"})
-        pixel = abs(float(geobox.resolution.x))
-        for name, values in terrain_derivatives(dem, pixel, smoothing_sigma).items():
-            out[name] = (("y", "x"), values, {"long_name": _LONG_NAMES[name], "units": DERIVATIVES[name]})
-    if velocity_paths is not None:
-        speed = read_velocity(velocity_paths, geobox)
-        out["v"] = (("y", "x"), speed, {"long_name": "surface speed of the ice", "units": "m year-1"})
-    out.attrs |= {"glacier_id": glacier_id, "Conventions": "CF-1.11"}
     return out
+
+
+def terrain_attributes(name: str) -> dict[str, str]:
+    """Attributes of a layer of terrain or velocity."""
+    if name == "dem":
+        return {"standard_name": "surface_altitude", "units": "m"}
+    if name == "v":
+        return {"long_name": "surface speed of the ice", "units": "m year-1"}
+    return {"long_name": _LONG_NAMES[name], "units": DERIVATIVES[name]}
+
+
+def glacier_masks(
+    index: np.ndarray, me: int, debris: np.ndarray, zones: Mapping[int, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The masks of a cube, each bool (H, W), in the order of their bits.
+
+    Parameters
+    ----------
+    index : int array (H, W): integer ids of glaciers, -1 elsewhere
+    me : integer id of this glacier
+    debris : bool (H, W), on any glacier
+    zones : buffer in metres -> bool (H, W), as drawn; positive ones lose other glaciers' pixels here
+    """
+    glacier = index == me
+    masks = {
+        "not_ok": np.zeros(index.shape, dtype=bool), "glacier": glacier, "any_glacier": index >= 0, "debris": debris,
+    }  # fmt: skip
+    for buffer_m in sorted(zones):
+        zone = zones[buffer_m]
+        masks[zone_name(buffer_m)] = (zone & (glacier | (index < 0))) if buffer_m > 0 else zone & glacier
+        if buffer_m >= 0:
+            masks[zone_name(buffer_m)] |= glacier
+    nearest = ndimage.distance_transform_edt(index < 0, return_distances=False, return_indices=True)
+    masks["cell"] = index[tuple(nearest)] == me
+    return masks
 
 
 def build_cube(

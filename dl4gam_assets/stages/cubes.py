@@ -8,7 +8,7 @@ import pandas as pd
 
 from dl4gam_assets.compute import TransientError
 from dl4gam_assets.settings import fingerprint
-from dl4gam_assets.stages import previews
+from dl4gam_assets.stages import previews, published
 from dl4gam_assets.stages.base import (
     STAGE_VERSION,
     Site,
@@ -147,6 +147,8 @@ def cube_preview(site: Site, year: int, glacier_id: str) -> bytes:
 
 def glacier_cubes(ws: Workspace, year: int, *, force: bool = False) -> StageResult:
     """Build the cubes of a year's selected scenes; glaciers whose inputs are unchanged are left alone."""
+    if (manifest := published.cubes_import(ws.storage, year)) is not None:
+        return published.glacier_cubes(ws, year, manifest, force=force)
     label = str(year)
     inputs = {
         "scenes": ws.upstream("selected_scenes", label),

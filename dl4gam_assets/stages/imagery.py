@@ -19,6 +19,7 @@ import pandas as pd
 
 from dl4gam_assets.compute import Done, Mapper
 from dl4gam_assets.settings import Region, StacApi, StacFolder, StacGeoparquet, fingerprint
+from dl4gam_assets.stages import published
 from dl4gam_assets.stages.base import (
     Site,
     StageResult,
@@ -265,6 +266,8 @@ def _shapes_hash(shapes: Any) -> str:
 
 def scene_candidates(ws: Workspace, year: int, *, force: bool = False) -> StageResult:
     """Score every scene of the season over each modelled glacier."""
+    if (manifest := published.cubes_import(ws.storage, year)) is not None:
+        return published.scene_candidates(ws, year, manifest, force=force)
     label = str(year)
     catalog = catalog_fingerprint(ws, year)
 
@@ -323,6 +326,8 @@ def scene_candidates(ws: Workspace, year: int, *, force: bool = False) -> StageR
 
 def selected_scenes(ws: Workspace, year: int, *, force: bool = False) -> StageResult:
     """Rank the candidates, apply the overrides and keep the best scene of each glacier."""
+    if published.cubes_import(ws.storage, year) is not None:
+        return published.selected_scenes(ws, year, force=force)
     from dl4gam_assets.imagery import rank_candidates, read_overrides, select_scenes
 
     label = str(year)

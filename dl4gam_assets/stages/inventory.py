@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dl4gam_assets.stages import previews
+from dl4gam_assets.stages import previews, published
 from dl4gam_assets.stages.base import (
     StageResult,
     UpstreamError,
@@ -112,12 +112,15 @@ def cross_validation_folds(ws: Workspace, *, force: bool = False) -> StageResult
     """Assign each modelled glacier its role in every iteration."""
     from dl4gam_assets.inventory import geographic_folds
 
-    settings = ws.region.folds
+    settings, imported = ws.region.folds, published.folds_import(ws.storage)
 
     def work() -> tuple[str, dict[str, Any], dict[str, bytes]]:
         glaciers = ws.storage.read_table("glaciers")
         modelled = glaciers[glaciers["modelled"].astype(bool)]
-        folds = geographic_folds(modelled, settings.n, settings.validation_share)
+        if imported is None:
+            folds = geographic_folds(modelled, settings.n, settings.validation_share)
+        else:
+            folds = published.imported_folds(imported)
         ws.storage.write_table("folds", folds)
         sizes = folds.merge(modelled[["glacier_id", "inventory_area_km2"]], on="glacier_id")
         table = sizes.groupby(["fold", "role"])["inventory_area_km2"].agg(["size", "sum"]).unstack("role").fillna(0)
@@ -131,7 +134,12 @@ def cross_validation_folds(ws: Workspace, *, force: bool = False) -> StageResult
         shown = modelled.merge(tested, on="glacier_id")
         shown["fold"] = [fold_label(int(f)) for f in shown["fold"]]
         picture = previews.outlines_map(shown, "fold", "iteration that tests each glacier")
-        return frame_fingerprint(folds), {"folds": rows, "glaciers": len(modelled)}, {"test blocks": picture}
+        metadata = {"folds": rows, "glaciers": folds["glacier_id"].nunique()}
+        if imported is not None:
+            metadata["imported_from"] = imported["file"]
+        return frame_fingerprint(folds), metadata, {"test blocks": picture}
 
     inputs = {"glaciers": ws.upstream("inventory_outlines"), "settings": ws.region.fingerprint("folds")}
+    if imported is not None:
+        inputs["imported"] = imported["sha256"]
     return run_stage(ws, "cross_validation_folds", "all", inputs, work, force=force)

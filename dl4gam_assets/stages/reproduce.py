@@ -27,6 +27,7 @@ from dl4gam_assets.lineage import LineageError, Provenance
 from dl4gam_assets.lineage.environment import hardware_class, recorded_settings, settings_difference, software
 from dl4gam_assets.lineage.sources import plain_row
 from dl4gam_assets.settings import Region
+from dl4gam_assets.stages import published
 from dl4gam_assets.stages.base import Workspace, fold_label
 from dl4gam_assets.stages.files import changed_files, sampled_hash
 from dl4gam_assets.storage import Storage
@@ -131,13 +132,24 @@ def _again(ws: Workspace, p: Provenance, folder: Path) -> tuple[list[Compared], 
     notes += _other_software(ws.storage, p)
     g, year, fold, site = p.glacier_id, p.year, p.fold, here.site
 
-    static, trouble = static_of(site, g, signatures["dem"], signatures["velocity"])
-    if trouble is not None:
-        notes.append(f"elevation: {trouble[1]}")
+    imported = published.cubes_import(scratch, year) is not None
+    if imported:
+        notes.append("the cube was imported: it is converted again from the published file")
+        static = published.ground_of(site, region.years.baseline, g)
+    else:
+        static, trouble = static_of(site, g, signatures["dem"], signatures["velocity"])
+        if trouble is not None:
+            notes.append(f"elevation: {trouble[1]}")
     scratch.write_table("elevations", pd.DataFrame([static]))
-    dhdt = elevation_change_of(site, year, g, signatures["dhdt"], signatures["dhdt error"])
+    if imported:
+        dhdt = published.change_of(site, year, g)
+    else:
+        dhdt = elevation_change_of(site, year, g, signatures["dhdt"], signatures["dhdt error"])
     scratch.write_table("elevation_changes", pd.DataFrame([dhdt]), {"year": year})
-    cube = cube_of(site, year, g, "reproduced", p.scene_ids)
+    if imported:
+        cube = published.cube_of(site, year, g, "reproduced")
+    else:
+        cube = cube_of(site, year, g, "reproduced", p.scene_ids)
     scratch.write_table("cubes", pd.DataFrame([cube]), {"year": year})
     mapped = prediction_of(site, year, fold, g, p.prediction_fingerprint, choose_device(ws.device), None)
     scratch.write_table("predictions", pd.DataFrame([mapped]), {"year": year, "fold": fold})
@@ -165,6 +177,9 @@ def _copy_inputs(ws: Workspace, here: Workspace, p: Provenance) -> dict[str, str
     old, new, year, fold = ws.storage, here.storage, p.year, p.fold
     if ws.region.simulation is not None:  # the inputs of a simulated region lie in its store
         Path(str(new.inputs())).symlink_to(Path(str(old.inputs())).absolute(), target_is_directory=True)
+    for manifest in (published.cubes_import(old, y) for y in {year, ws.region.years.baseline}):
+        if manifest is not None:
+            new.write_json(new.path("imports", "cubes", f"{manifest['year']}.json"), manifest)
     for name in ("glaciers", "zones", "debris", "folds"):
         new.write_table(name, old.read_table(name))
     scenes = old.read_table("scenes", year=year)

@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 
 from dl4gam_assets.settings import StacFolder, fingerprint
+from dl4gam_assets.stages import published
 from dl4gam_assets.stages.base import (
     STAGE_VERSION,
     Site,
@@ -139,8 +140,8 @@ def static_of(
     A tile that can not be read loses no glacier: the layer is missing, as where there is no tile, and the second value
     is the row for ``failures`` that names the tile. The file is made again by the next run.
     """
-    from dl4gam_assets.cubes import content_fingerprint, cube_mask, open_cube, static_layers, write_cube
-    from dl4gam_assets.terrain import boxes, grid_box, mean_aspect
+    from dl4gam_assets.cubes import content_fingerprint, open_cube, static_layers, write_cube
+    from dl4gam_assets.terrain import boxes, grid_box
 
     storage, terrain = site.storage, site.region.terrain
     grid = grid_of(site, glacier_id)
@@ -196,8 +197,17 @@ def static_of(
         mine.attrs |= {"inputs": wanted if trouble is None else "", "fingerprint": content_fingerprint(mine)}
         with storage.writing(path) as temporary:
             write_cube(mine, temporary)
+    row = ground_row(mine, glacier_id, mine.attrs["fingerprint"])
+    return row, None if trouble is None else (glacier_id, str(trouble), type(trouble).__name__)
+
+
+def ground_row(mine: Any, glacier_id: str, content: str) -> dict[str, Any]:
+    """Row of ``elevations`` from the static layers of a glacier."""
+    from dl4gam_assets.cubes import cube_mask
+    from dl4gam_assets.terrain import mean_aspect
+
     inside = cube_mask(mine, "glacier")
-    row: dict[str, Any] = {"glacier_id": glacier_id, "fingerprint": mine.attrs["fingerprint"], "missing_share": 1.0}
+    row: dict[str, Any] = {"glacier_id": glacier_id, "fingerprint": content, "missing_share": 1.0}
     if "dem" in mine:
         elevations = mine["dem"].to_numpy()
         row["missing_share"] = float(np.isnan(elevations).mean())
@@ -217,7 +227,7 @@ def static_of(
             "velocity_missing_share": float(np.isnan(speeds).mean()),
             "velocity_mean_m_per_year": float(here.mean()) if here.size else None,
         }
-    return row, None if trouble is None else (glacier_id, str(trouble), type(trouble).__name__)
+    return row
 
 
 def _find(sources: Sequence[str], ws: Workspace, setting: str) -> TileIndex:
@@ -266,6 +276,8 @@ def _windows(outlines: Any, margin_m: float) -> list[tuple[float, float, float, 
 
 def elevation(ws: Workspace, *, force: bool = False) -> StageResult:
     """Static layers of each modelled glacier: masks, elevation and its derivatives, velocity."""
+    if (manifest := published.cubes_import(ws.storage, ws.region.years.baseline)) is not None:
+        return published.elevation(ws, manifest, force=force)
     terrain = ws.region.terrain
     dem = _find(terrain.dem, ws, "terrain.dem")
     velocity = _find(terrain.velocity, ws, "terrain.velocity")
@@ -408,6 +420,9 @@ def elevation_change_of(
 
 def elevation_change(ws: Workspace, year: int, *, force: bool = False) -> StageResult:
     """dh/dt of the period that belongs to the year, on each glacier's grid."""
+    if (manifest := published.cubes_import(ws.storage, year)) is not None:
+        return published.elevation_change(ws, year, manifest, force=force)
+    published.expect_not_imported(ws)
     from dl4gam_assets.terrain import TileError, match_period, period_tiles
 
     terrain = ws.region.terrain

@@ -18,7 +18,7 @@ from upath import UPath
 
 from dl4gam_assets.compute import Done, Mapper, choose_device, count_accelerators, default_workers, own_device
 from dl4gam_assets.settings import Region, TrainingSettings, fingerprint
-from dl4gam_assets.stages import previews
+from dl4gam_assets.stages import previews, published
 from dl4gam_assets.stages.base import (
     NamedInputs,
     Site,
@@ -86,6 +86,8 @@ def _stacks(site: Site, ids: list[str], year: int) -> Iterator[tuple[np.ndarray,
 # --------------------------------------------------------------------------------------------- normalization
 def normalization(ws: Workspace, fold: int, *, force: bool = False) -> StageResult:
     """Mean and standard deviation of the channels over the fold's training glaciers."""
+    if (manifest := published.statistics_import(ws.storage, fold)) is not None:
+        return published.normalization(ws, fold, manifest, force=force)
     from dl4gam_assets.segmentation import normalization_statistics
 
     def work() -> tuple[str, dict[str, Any], dict[str, bytes]]:
@@ -168,6 +170,12 @@ def _with_overrides(region: Region, overrides: Mapping[str, Any]) -> Region:
 
 
 def _member_inputs(ws: Workspace, fold: int, member: int, region: Region) -> dict[str, Any]:
+    if (entry := published.member_import(ws.storage, fold, member)) is not None:
+        return {
+            "normalization": ws.upstream("normalization", fold_label(fold)),
+            "model": region.model.model_dump(mode="json"),
+            "imported": [entry["sha256"], entry["channels"], entry["model"]],
+        }
     return {
         "normalization": ws.upstream("normalization", fold_label(fold)),
         "cubes": _fold_cubes(ws, fold, "train", "valid"),
@@ -275,6 +283,12 @@ def ensemble_members(
             todo[key] = (fold, member, fingerprint_now)
     if ws.probe or not todo:
         return out
+    adopted = {k: v for k, v in todo.items() if published.member_import(ws.storage, v[0], v[1]) is not None}
+    for done in ws.mapper.map(published.adopt_one, [(k, (site, *v)) for k, v in adopted.items()]):
+        fold, member, now = todo.pop(done.key)
+        out[done.key] = _store_member(ws, fold, member, now, done, named[done.key])
+    if not todo:
+        return out
     packed, _ = pack(ws)
     mapper, threads = _member_processes(ws, len(todo))
     tasks = [(key, (site, f, m, str(packed), ws.device, threads, now)) for key, (f, m, now) in todo.items()]
@@ -363,28 +377,34 @@ def _store_member(
         return RuntimeError(f"{label}: {done.kind}: {done.error}")
     row = dict(done.value)
     history = row.pop("history")
-    ws.storage.write_table("members", pd.DataFrame([row]), {"fold": fold, "member": member})
     metadata = {
         "validation_iou": row["validation_iou"],
         "best_epoch": row["best_epoch"],
         "epochs": row["epochs"],
         "patches_per_epoch": row["train_patches"],
         "parameters": row["parameters"],
-        "training_seconds": round(row["seconds"], 1),
-        "patches_per_second": round(row["patches_per_second"], 1),
-        "share_of_time_waiting_for_data": round(row["data_wait_share"], 4),
-        "peak_memory_mb": round(row["peak_memory_mb"]) if math.isfinite(row["peak_memory_mb"]) else None,
+        "training_seconds": _rounded(row.get("seconds"), 1),
+        "patches_per_second": _rounded(row.get("patches_per_second"), 1),
+        "share_of_time_waiting_for_data": _rounded(row.get("data_wait_share"), 4),
+        "peak_memory_mb": _rounded(row.get("peak_memory_mb"), 0),
         "device": row["device"],
         "precision": row["precision"],
         "weights_sha256": row["sha256"],
         "encoder_weights": row["encoder_weights"],
         "initial_weights_sha256": row["initial_sha256"],
+        **row.pop("proof", {}),
     }
+    ws.storage.write_table("members", pd.DataFrame([row]), {"fold": fold, "member": member})
     if ws.storage.is_local:
         weights = Path(str(ws.storage.model(fold, member) / "model.safetensors"))
         record_files(ws, "ensemble_member", label, {weights: [label]}, full_hash)
-    ws.finish("ensemble_member", label, wanted, row["sha256"], row["seconds"], named, metadata=metadata)
+    seconds = float(row.get("seconds") or 0.0)
+    ws.finish("ensemble_member", label, wanted, row["sha256"], seconds, named, metadata=metadata)
     return StageResult(label, metadata, _curves(history, label))
+
+
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None or not math.isfinite(value) else round(value, digits)
 
 
 def _leave_out(ws: Workspace, fold: int, member: int, wanted: str, reason: str) -> StageResult:

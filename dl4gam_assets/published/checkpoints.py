@@ -1,0 +1,277 @@
+"""Published Lightning checkpoints as members of ours: weights alone, read without running anything, and proven.
+
+Belongs here: finding ``split_<i>/seed_<s>/.../ckpt-*.ckpt``, reading weights and settings, the order of channels, the
+comparison with the network as its authors built it. Does not belong here: the store, training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from dl4gam_assets.published.layout import PublishedFileError, channel_name
+from dl4gam_assets.segmentation._compat import import_smp
+from dl4gam_assets.segmentation.model import build_model
+from dl4gam_assets.settings import ModelSettings, SettingsError
+
+#: What stands before the names of the network's weights.
+PREFIX = "model.seg_model."
+#: Largest difference between the probabilities of the published network and of ours on the golden input.
+TOLERANCE = 1e-5
+_PLACE = re.compile(r"split_(\d+)/seed_(\d+)/(?:.*/)?checkpoints/[^/]+\.ckpt$")
+_EPOCH = re.compile(r"epoch=(\d+)")
+_SCORE = re.compile(r"JaccardIndex_val_epoch_avg_per_g=(\d+(?:\.\d+)?)")
+_GOLDEN_PX, _GOLDEN_SEED = 64, 20251
+
+
+@dataclass(frozen=True)
+class PublishedCheckpoint:
+    """A checkpoint of a folder: its iteration and seed, and what its name says."""
+
+    split: int
+    seed: int
+    path: Path
+    settings: Path | None
+    epoch: int | None
+    validation_iou: float | None
+
+
+def find_checkpoints(folder: Path) -> list[PublishedCheckpoint]:
+    """The best checkpoint of each iteration and seed below a folder (``last.ckpt`` is not it).
+
+    Raises
+    ------
+    PublishedFileError
+        if there is none, or several best ones of one iteration and seed.
+    """
+    if not folder.is_dir():
+        raise PublishedFileError(f"{folder} is no folder: name the one that holds split_<i>/seed_<s>/")
+    found: dict[tuple[int, int], PublishedCheckpoint] = {}
+    for path in sorted(folder.rglob("*.ckpt")):
+        match = _PLACE.search(path.as_posix())
+        if match is None or path.stem.startswith("last"):
+            continue
+        split, seed = int(match[1]), int(match[2])
+        epoch, score = _EPOCH.search(path.stem), _SCORE.search(path.stem)
+        beside = path.parent.parent / "settings.yaml"
+        one = PublishedCheckpoint(
+            split, seed, path, beside if beside.is_file() else None, int(epoch[1]) if epoch else None,
+            float(score[1]) if score else None,
+        )  # fmt: skip
+        if (split, seed) in found:
+            raise PublishedFileError(
+                f"split_{split}/seed_{seed} has several checkpoints ({found[split, seed].path}, {path}): keep one"
+            )
+        found[split, seed] = one
+    if not found:
+        raise PublishedFileError(f"{folder} holds no split_<i>/seed_<s>/.../checkpoints/ckpt-*.ckpt")
+    return [found[key] for key in sorted(found)]
+
+
+def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The network's weights of a Lightning checkpoint by the names of segmentation-models-pytorch, and its plain facts
+    (epoch, global_step, Lightning's version).
+
+    The file is read by torch's restricted loader (``weights_only``), which makes tensors and plain containers and runs
+    nothing. A checkpoint that holds anything else is refused.
+
+    Raises
+    ------
+    PublishedFileError
+        if it is damaged, holds other objects, or no weights behind ``model.seg_model.``, or any that are no numbers.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip and torch each have errors of their own
+        text = " ".join(str(error).split())
+        named = re.search(r"(?:GLOBAL|global) (\S+)", text)
+        what = f"it holds {named[1]}, which is no tensor: such a file could run code" if named else text[:200]
+        raise PublishedFileError(f"checkpoint {path} is not read: {what}") from error
+    state = content.get("state_dict") if isinstance(content, dict) else None
+    if not isinstance(state, dict):
+        raise PublishedFileError(f"checkpoint {path} is not Lightning's: it has no state_dict")
+    weights = {
+        str(k).removeprefix(PREFIX): v
+        for k, v in state.items()
+        if str(k).startswith(PREFIX) and isinstance(v, torch.Tensor)
+    }
+    if not weights:
+        first = ", ".join(map(str, list(state)[:3]))
+        raise PublishedFileError(f"checkpoint {path} has no weights {PREFIX}*; it has {first}")
+    broken = next((k for k, v in weights.items() if v.is_floating_point() and not torch.isfinite(v).all()), None)
+    if broken is not None:
+        raise PublishedFileError(f"checkpoint {path}: {broken} holds values that are no numbers")
+    facts = {k: content[k] for k in ("epoch", "global_step", "pytorch-lightning_version") if k in content}
+    return weights, {k: v for k, v in facts.items() if isinstance(v, int | float | str)}
+
+
+def read_settings(path: Path | None) -> dict[str, Any]:
+    """The part ``model`` of a published settings.yaml; empty without a file.
+
+    Raises
+    ------
+    PublishedFileError
+        if it is no plain YAML, or has no ``model``.
+    """
+    if path is None:
+        return {}
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise PublishedFileError(f"settings {path} can not be read: {' '.join(str(error).split())[:200]}") from error
+    model = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(model, dict):
+        raise PublishedFileError(f"settings {path} have no part `model`")
+    return model
+
+
+def channels_of(
+    model: dict[str, Any], where: object = "settings.yaml", indices: Sequence[str] = ("NDVI", "NDWI", "NDSI")
+) -> list[str]:
+    """Our names of a checkpoint's channels in its order, from the part ``model`` of its settings.
+
+    Bands come first, then the optical indices, DEM, its features, dh/dt and velocity. Lists say their own order. Where
+    the settings only say ``true`` it is ``indices``, and slope, aspect_sin, aspect_cos, planform_curvature,
+    profile_curvature, terrain_ruggedness_index. Without settings: the 16 published channels.
+
+    Versions of the published code differ in the order of the indices (NDVI, NDWI, NDSI; and NDSI, NDVI, NDWI), so an
+    import tries the orders on validation glaciers.
+
+    Raises
+    ------
+    PublishedFileError
+        if the settings name no bands.
+    """
+    inputs = model.get("inputs")
+    if not model:
+        inputs = {"bands_input": ["R", "G", "B", "NIR", "SWIR"], "optical_indices": True, "dem": True,
+                  "dem_features": True, "dhdt": True}  # fmt: skip
+    if not isinstance(inputs, dict) or not isinstance(inputs.get("bands_input"), list):
+        raise PublishedFileError(f"{where}: model.inputs.bands_input does not list the bands")
+    features = (
+        "slope", "aspect_sin", "aspect_cos", "planform_curvature", "profile_curvature", "terrain_ruggedness_index"
+    )  # fmt: skip
+
+    def of(key: str, default: Sequence[str]) -> list[str]:
+        value = inputs.get(key)
+        return [str(v) for v in value] if isinstance(value, list) else list(default) if value else []
+
+    theirs = [str(b) for b in inputs["bands_input"]] + of("optical_indices", indices)
+    theirs += of("dem", ["dem"]) + of("dem_features", features) + of("dhdt", ["dhdt"]) + of("velocity", ["v"])
+    return [channel_name(name) for name in theirs]
+
+
+def adopt(
+    weights: dict[str, torch.Tensor], model: dict[str, Any], source: Sequence[str], settings: ModelSettings,
+    where: object = "checkpoint",
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:  # fmt: skip
+    """Weights for our network of ``settings``, proven on a golden input.
+
+    The published network ends in a sigmoid and ours in the logits before it. Where the channels come in another order,
+    the first convolution's inputs are put in ours, which changes nothing else. Then both networks see the same input,
+    drawn from a fixed seed, and their probabilities must agree.
+
+    Parameters
+    ----------
+    weights : from :func:`read_weights`
+    model : from :func:`read_settings`
+    source : our names of the checkpoint's channels in its order
+
+    Returns
+    -------
+    state : weights for ``build_model(settings)``
+    proof : channel order, hash of the golden input, mean, deviation and hash of the probabilities, the largest
+        difference, and by channel the mean change of the probability when it is set to zero
+
+    Raises
+    ------
+    PublishedFileError
+        if the network is of another architecture, the channels are others, or the probabilities differ.
+    """
+    args = model.get("args") if isinstance(model.get("args"), dict) else {}
+    assert isinstance(args, dict)
+    name, encoder = str(model.get("name", settings.architecture)), str(args.get("encoder_name", settings.encoder))
+    if (name.lower(), encoder) != (settings.architecture.lower(), settings.encoder):
+        raise PublishedFileError(
+            f"{where}: the network is {name} with {encoder}, the region's is {settings.architecture} with "
+            f"{settings.encoder} (model.architecture, model.encoder)"
+        )
+    if args.get("activation", "sigmoid") != "sigmoid":
+        raise PublishedFileError(f"{where}: the network ends in {args['activation']!r}, not in a sigmoid")
+    if sorted(source) != sorted(settings.channels):
+        lacking, more = sorted(set(settings.channels) - set(source)), sorted(set(source) - set(settings.channels))
+        raise PublishedFileError(
+            f"{where}: other channels than the region's model.channels: it lacks {lacking or 'none'}, and has "
+            f"{more or 'none'} besides"
+        )
+    first = next((k for k, v in weights.items() if v.ndim == 4), None)
+    if first is None or weights[first].shape[1] != len(source):
+        got = None if first is None else weights[first].shape[1]
+        raise PublishedFileError(f"{where}: its first convolution has {got} inputs, its settings name {len(source)}")
+    order = [list(source).index(channel) for channel in settings.channels]
+    state = {k: v.clone() for k, v in weights.items()}
+    state[first] = weights[first][:, order].contiguous()
+
+    try:
+        theirs = _as_published(name, encoder, len(source), settings)
+        theirs.load_state_dict(weights)
+        ours = build_model(settings, pretrained=False)
+        ours.load_state_dict(state)
+    except (RuntimeError, SettingsError) as error:
+        raise PublishedFileError(
+            f"{where}: its weights do not fit {name} with {encoder}: {' '.join(str(error).split())[:200]}"
+        ) from error
+    x = golden_input(len(source))
+    with torch.inference_mode():
+        wanted = theirs.eval()(x)
+        network = ours.eval()
+        made = torch.sigmoid(network(x[:, order]))
+        gap = float((wanted - made).abs().max())
+        if not gap <= TOLERANCE:
+            raise PublishedFileError(f"{where}: our network gives other probabilities than theirs (by up to {gap:.2g})")
+        response = {}
+        for i, channel in enumerate(settings.channels):
+            without = x[:, order].clone()
+            without[:, i] = 0
+            response[channel] = round(float((torch.sigmoid(network(without)) - made).abs().mean()), 6)
+    proof = {
+        "channels": list(source), "permuted": order != list(range(len(order))),
+        "activation": "sigmoid, in the published network; ours gives logits",
+        "input_sha256": _sha256(x), "output_sha256": _sha256(wanted.round(decimals=5)),
+        "output_mean": round(float(wanted.mean()), 6), "output_std": round(float(wanted.std()), 6),
+        "largest_difference": gap, "response": response,
+    }  # fmt: skip
+    return state, proof
+
+
+def golden_input(channels: int) -> torch.Tensor:
+    """The input (1, C, 64, 64) float32 that checkpoints are compared on: standard normal numbers from a fixed seed."""
+    rng = np.random.default_rng(_GOLDEN_SEED)
+    return torch.from_numpy(rng.standard_normal((1, channels, _GOLDEN_PX, _GOLDEN_PX)).astype(np.float32))
+
+
+def _as_published(name: str, encoder: str, channels: int, settings: ModelSettings) -> torch.nn.Module:
+    """The network as its authors built it, ending in a sigmoid."""
+    smp = import_smp()
+    options: dict[str, Any] = {}
+    if name.lower() in {"unet", "unetplusplus", "linknet"}:
+        options["decoder_use_norm"] = False
+    if name.lower() in {"unet", "unetplusplus"}:
+        options["decoder_channels"] = list(settings.decoder_channels)
+    network: torch.nn.Module = smp.create_model(
+        name, encoder_name=encoder, encoder_depth=settings.encoder_depth, encoder_weights=None, in_channels=channels,
+        classes=1, activation="sigmoid", **options,
+    )  # fmt: skip
+    return network
+
+
+def _sha256(values: torch.Tensor) -> str:
+    return hashlib.sha256(values.contiguous().numpy().tobytes()).hexdigest()
