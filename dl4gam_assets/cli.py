@@ -1055,6 +1055,84 @@ def export_published_layout(
         raise typer.Exit(1)
 
 
+@app.command("compare-published")
+def compare_published(
+    year: Annotated[int, typer.Option(help="Year whose change against the baseline is compared.")],
+    region: RegionOption = "demo",
+    home: HomeOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="Write the regional rates here, as CSV.")] = None,
+) -> None:
+    """The paper's tables under its definitions, and what each correction moves, one at a time (docs/reproduce.md)."""
+    from dl4gam_assets.published.comparison import PAPER, area_quality, map_quality, regional_rates
+
+    settings, storage = _open(region, home)
+    _check_choice("year", [year], settings.years.all())
+    baseline = storage.read_table("baseline_areas")
+    areas = storage.read_table("areas", year=year)
+    if not len(baseline) or not len(areas):
+        raise _stop(f"there are no areas of {year} or of the baseline year yet: run `dl4gam materialize --year {year}`")
+    rates = regional_rates(
+        baseline, areas, storage.read_table("glaciers"), settings.change, year, settings.years.baseline
+    )
+    quality = map_quality(storage.read_table("evaluation"))
+    sums = {str(settings.years.baseline): area_quality(baseline), str(year): area_quality(areas)}
+    if file is not None:
+        rates.to_csv(file, index=False)
+    if as_json:
+        shown = {
+            "maps": json.loads(quality.to_json(orient="records")),
+            "areas": {key: json.loads(frame.to_json(orient="records"))[0] for key, frame in sums.items()},
+            "rates": json.loads(rates.to_json(orient="records")),
+        }
+        _emit(json.dumps(shown, indent=1), None)
+        return
+    console.print("Maps of glaciers that the models did not see, means over glaciers", highlight=False)
+    table = RichTable("method", "definition", "glaciers", "IoU", "precision", "recall", "F1", "IoU by area", "debris")
+    for r in quality.itertuples():
+        values = (r.iou, r.precision, r.recall, r.f1, r.iou_by_area, r.debris_recall)
+        table.add_row(str(r.method), str(r.definition), str(r.n_glaciers), *(_share(v) for v in values))
+    console.print(table)
+    console.print("Areas within 20 m of the outlines, deviations added linearly (published)", highlight=False)
+    table = RichTable(
+        "year", "glaciers", "inventory km2", "predicted km2", "recall", "false positives", "debris recall",
+        "interval holds inventory",
+    )  # fmt: skip
+    for key, frame in sums.items():
+        r = frame.iloc[0]
+        table.add_row(
+            key, str(int(r["n_glaciers"])), f"{r['inventory_area_km2']:.2f}",
+            f"{r['area_km2']:.2f} +/- {r['area_std_km2']:.2f}", _share(r["recall"]), _share(r["false_positive_rate"]),
+            _share(r["debris_recall"]), _share(r["inside"]) if key == str(settings.years.baseline) else "",
+        )  # fmt: skip
+    console.print(table)
+    console.print(f"Change {settings.years.baseline} to {year}, one correction at a time", highlight=False)
+    table = RichTable("", "glaciers", "of the area", "km2/yr", "%/yr", "moves the rate by", "and its deviation by")
+    for step, part in rates.groupby("step", sort=False):
+        table.add_row(f"[bold]{step}[/bold]")
+        for r in part.itertuples():
+            if r.rate_pct_per_year != r.rate_pct_per_year:
+                table.add_row(f"  {r.method}", str(int(r.n_glaciers)), "", "no rate", "", "", "")
+                continue
+            known = step != "as published" and r.moves_rate == r.moves_rate
+            table.add_row(
+                f"  {r.method}", str(int(r.n_glaciers)), _share(r.share_of_area), f"{r.rate_km2_per_year:.3f}",
+                f"{r.rate_pct_per_year:.2f} +/- {r.rate_std_pct_per_year:.2f}",
+                *([f"{r.moves_rate:+.2f}", f"{r.moves_std:+.2f}"] if known else ["", ""]),
+            )  # fmt: skip
+    console.print(table)
+    if settings.name == "alps" and year == 2023:
+        console.print(
+            f"The paper, 2015 to 2023: {PAPER['rate_pct_per_year']} +/- {PAPER['rate_std_pct_per_year']} %/yr, "
+            f"{PAPER['glaciers']} glaciers measured ({PAPER['area_km2']} km2), {PAPER['filtered_glaciers']} pass the "
+            f"filters ({PAPER['filtered_share_of_area']} of the area).", highlight=False,
+        )  # fmt: skip
+
+
+def _share(value: Any) -> str:
+    return "" if value is None or value != value else f"{100 * float(value):.1f} %"
+
+
 @app.command()
 def settings(region: RegionOption = "demo") -> None:
     """Print a region's settings in full, defaults included, as JSON."""

@@ -22,8 +22,9 @@ _PAIRS = {"ndvi": ("nir", "red"), "ndwi": ("green", "nir"), "ndsi": ("green", "s
 def channel_stack(cube: xr.Dataset, channels: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Raw channels of a cube and where its image is usable.
 
-    Bands are reflectance; NDVI, NDWI and NDSI are normalized differences, 1 where the denominator is zero; slope is
-    divided by 90; aspect enters as sine and cosine; missing dh/dt and velocity are 0 (Diaconu et al. 2025, section 3).
+    Bands are reflectance; NDVI, NDWI and NDSI are normalized differences, where a denominator of zero counts as 1 (so
+    that black is 0, as in the published code); slope is divided by 90; aspect enters as sine and cosine; missing dh/dt
+    and velocity are 0 (Diaconu et al. 2025, section 3).
 
     Parameters
     ----------
@@ -81,7 +82,7 @@ def _channel(cube: xr.Dataset, bands: dict[str, np.ndarray], name: str) -> np.nd
         first, second = (_need(bands, b, name) for b in _PAIRS[name])
         total = first + second
         with np.errstate(divide="ignore", invalid="ignore"):
-            index = np.where(total == 0, np.float32(1.0), (first - second) / total)
+            index = (first - second) / np.where(total == 0, np.float32(1.0), total)
         return np.clip(index, -1.0, 1.0)
     if name in {"sin_aspect", "cos_aspect"}:
         radians = np.deg2rad(_layer(cube, "aspect", name))

@@ -32,6 +32,10 @@ _HOMES = {
     "read_settings": "checkpoints",
     "channels_of": "checkpoints",
     "adopt": "checkpoints",
+    "PublishedPatches": "dataset",
+    "regional_rates": "comparison",
+    "map_quality": "comparison",
+    "area_quality": "comparison",
 }
 
 __all__ = sorted(_HOMES)

@@ -28,7 +28,10 @@ from dl4gam_assets.settings import Region, fingerprint
 from dl4gam_assets.storage import Storage
 
 #: Raised by one whenever a change of code changes results, so that old results count as stale.
-STAGE_VERSION = 1
+STAGE_VERSION = 2
+
+#: Stages whose glaciers share what they are made from: the catalog, the weights.
+SHARED = frozenset({"scene_candidates", "calibration", "glacier_predictions"})
 
 log = logging.getLogger("dl4gam_assets")
 
@@ -247,8 +250,9 @@ class Workspace:
         Raises
         ------
         UpstreamError
-            if all of several glaciers failed for one and the same reason: then it is not theirs (a catalog, the weights
-            of a member), and what the partition held is better left as it is.
+            if all of several glaciers failed for one and the same reason, where it is not theirs (catalog, weights of a
+            member: ``SHARED``): what the partition held is better left as it is. A broken tile of a companion is
+            no such reason: its glaciers go on without the layer.
         """
         todo = list(tasks)
 
@@ -266,7 +270,13 @@ class Workspace:
                 self.unreachable += done.transient
                 self.logger.warning(f"{stage} [{partition}] glacier {done.key}: {done.error}")
         frame = self.write_failures(stage, partition, [(d.key, d.error or "", d.kind or "") for d in failures])
-        if len(todo) > 1 and not values and len({d.error for d in failures}) == 1 and not self.unreachable:
+        if (
+            stage in SHARED
+            and len(todo) > 1
+            and not values
+            and len({d.error for d in failures}) == 1
+            and not self.unreachable
+        ):
             raise UpstreamError(f"{stage} [{partition}]: all {len(todo)} glaciers failed: {failures[0].error}")
         return dict(sorted(values.items())), frame
 

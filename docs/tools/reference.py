@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "dl4gam_assets"
 ROOMS = (
     "inventory", "imagery", "terrain", "cubes", "segmentation", "ensemble", "change", "lineage", "publication",
-    "synthetic", "stages",
+    "published", "synthetic", "stages",
 )  # fmt: skip
 #: What the picture says of a layer.
 WORDS = {
@@ -30,6 +30,7 @@ WORDS = {
     "partitions": "years, folds, members", "resources": "store, processes, device",
     "stages": "the work of a partition: files to files", "synthetic": "the demo with a known truth",
     "publication": "database, report, STAC, export", "lineage": "where a number comes from",
+    "published": "the authors' files, in and out",
     "change": "areas, rates, totals, validation", "ensemble": "aggregation, calibration, intervals",
     "segmentation": "networks, sampling, inference", "cubes": "all that a model sees of a glacier",
     "terrain": "DEM, dh/dt, velocity", "imagery": "catalogs, scores, the best image",
