@@ -959,7 +959,7 @@ def import_cubes(
     ] = None,
 ) -> None:
     """Take published glacier-wide cubes as the glacier_cubes of a year (docs/reproduce.md)."""
-    from dl4gam_assets.stages.published import register_cubes
+    from dl4gam_assets.stages.published import cubes_import, register_cubes
 
     def register(ws: Any) -> dict[str, Any]:
         return register_cubes(ws, path, year, say=lambda text: console.print(text, highlight=False))
@@ -969,16 +969,14 @@ def import_cubes(
         f"{found['cubes']} cubes of {found['year']}; {found['without']} modelled glaciers have none, "
         f"{found['not_modelled']} are below min_area_km2", highlight=False,
     )  # fmt: skip
+    registered = [y for y in settings.years.all() if cubes_import(storage, y) is not None]
+    if settings.years.baseline not in registered:
+        raise _stop(
+            f"registered; now import the cubes of the baseline year {settings.years.baseline}: elevation and folds are "
+            f"made from them. Those of {found['year']} are then converted with them"
+        )
     assets = ["elevation", "scene_candidates", "selected_scenes", "elevation_change", "glacier_cubes"]
-    if found["year"] != settings.years.baseline:
-        from dl4gam_assets.stages.published import cubes_import
-
-        if cubes_import(storage, settings.years.baseline) is None:
-            raise _stop(
-                f"registered; now import the cubes of the baseline year {settings.years.baseline}: elevation and folds "
-                "are made from them. Both are then converted"
-            )
-    _then(region, settings, storage, home, [found["year"]], assets)
+    _then(region, settings, storage, home, registered, assets)
 
 
 @app.command("import-splits")

@@ -212,9 +212,10 @@ def adopt(
             f"{where}: other channels than the region's model.channels: it lacks {lacking or 'none'}, and has "
             f"{more or 'none'} besides"
         )
-    first = next((k for k, v in weights.items() if v.ndim == 4), None)
-    if first is None or weights[first].shape[1] != len(source):
-        got = None if first is None else weights[first].shape[1]
+    ours = build_model(settings, pretrained=False)
+    first = next(k for k, v in ours.state_dict().items() if v.ndim == 4)  # in the order of the network: its first layer
+    if first not in weights or weights[first].ndim != 4 or weights[first].shape[1] != len(source):
+        got = weights[first].shape[1] if first in weights and weights[first].ndim == 4 else "no"
         raise PublishedFileError(f"{where}: its first convolution has {got} inputs, its settings name {len(source)}")
     order = [list(source).index(channel) for channel in settings.channels]
     state = {k: v.clone() for k, v in weights.items()}
@@ -223,7 +224,6 @@ def adopt(
     try:
         theirs = _as_published(name, encoder, len(source), settings)
         theirs.load_state_dict(weights)
-        ours = build_model(settings, pretrained=False)
         ours.load_state_dict(state)
     except (RuntimeError, SettingsError) as error:
         raise PublishedFileError(

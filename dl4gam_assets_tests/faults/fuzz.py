@@ -7,6 +7,7 @@ Does not belong here: what makes the nonsense (``test_fuzz`` by hypothesis, ``gu
 from __future__ import annotations
 
 import datetime as dt
+import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import pandas as pd
 import pystac
 import rasterio
 import shapely
+import torch
 from odc.geo.geobox import GeoBox
 
 from dl4gam_assets.imagery.catalogs import CatalogError, _item, open_catalog, write_items
@@ -27,6 +29,14 @@ from dl4gam_assets.imagery.reading import read_image
 from dl4gam_assets.imagery.sources import SceneError, forget_files
 from dl4gam_assets.inventory import read_inventory
 from dl4gam_assets.inventory.reading import read_date
+from dl4gam_assets.published import (
+    PublishedFileError,
+    channels_of,
+    read_settings,
+    read_splits,
+    read_statistics,
+    read_weights,
+)
 from dl4gam_assets.segmentation.files import ModelFileError, load_member
 from dl4gam_assets.settings import (
     ImagerySettings,
@@ -66,6 +76,13 @@ def _inventory_file(folder: Path, suffix: str) -> bytes:
     else:
         frame.to_file(path, driver={".geojson": "GeoJSON", ".gpkg": "GPKG"}[suffix])
     return path.read_bytes()
+
+
+def _checkpoint() -> bytes:
+    weights = {f"model.seg_model.layer{i}.weight": torch.arange(6.0).reshape(2, 3) for i in range(3)}
+    content = io.BytesIO()
+    torch.save({"state_dict": weights, "epoch": 3, "pytorch-lightning_version": "2.4.0"}, content)
+    return content.getvalue()
 
 
 def _items_file(item: dict[str, Any], folder: Path) -> bytes:
@@ -161,6 +178,19 @@ def parsers(folder: Path, member: Path | None = None) -> dict[str, Parser]:
             (StoreFormatError,),
         ),
         "scene.tif": Parser(_tif(folder), "scene.tif", _read_scene, (SceneError,)),
+        "splits.csv": Parser(
+            b"entry_id,split_1,split_2\na,fold_test,fold_train\nb,fold_valid,fold_test\n", "m.csv",
+            lambda p: read_splits(p, 2), (PublishedFileError,),
+        ),
+        "statistics.csv": Parser(
+            b"var_name,mu,stddev,vmin,vmax\nR,2000.5,510.25,0,9000\ndem,2500,300,1000,4000\n", "s.csv",
+            lambda p: read_statistics(p, ["red", "dem", "ndsi"]), (PublishedFileError,),
+        ),
+        "settings.yaml": Parser(
+            b"model:\n  name: Unet\n  inputs: {bands_input: [R, G], dem: true, optical_indices: [NDSI]}\n", "s.yaml",
+            lambda p: channels_of(read_settings(p)), (PublishedFileError,),
+        ),
+        "checkpoint.ckpt": Parser(_checkpoint(), "c.ckpt", read_weights, (PublishedFileError,)),
     }  # fmt: skip
     if member is not None:
         for name in ("model.json", "model.safetensors"):

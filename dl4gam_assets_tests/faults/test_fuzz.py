@@ -23,7 +23,7 @@ PIECES = [
 NAMES = [
     "inventory.parquet", "inventory.geojson", "inventory.gpkg", "date", "overrides.csv", "region.yaml", "item.json",
     "catalog.json", "linked-item.json", "items.parquet", "state.json", "store.json", "scene.tif", "model.json",
-    "model.safetensors",
+    "model.safetensors", "splits.csv", "statistics.csv", "settings.yaml", "checkpoint.ckpt",
 ]  # fmt: skip
 
 Edit = Callable[[bytes], bytes]

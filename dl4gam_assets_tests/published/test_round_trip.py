@@ -10,12 +10,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import xarray as xr
+from safetensors.torch import load_file
 
 from dl4gam_assets.cubes import cube_channels, open_cube
+from dl4gam_assets.segmentation import build_model
+from dl4gam_assets.settings import ModelSettings
 from dl4gam_assets.stages.reproduce import reproduce
 from dl4gam_assets.stages.staleness import find_stale
-from dl4gam_assets_tests.published.files import write_checkpoints
+from dl4gam_assets_tests.published.files import write_checkpoint, write_checkpoints
 from dl4gam_assets_tests.small_region import YEARS, Small
 
 
@@ -39,7 +43,6 @@ def trip(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tri
     for words in (
         ["import-cubes", str(wide / "2016")],  # before the baseline year: registered, and converted with it
         ["import-cubes", str(wide / "2015"), "--year", "2015"],
-        ["import-cubes", str(wide / "2016")],
         ["import-cubes", str(wide / "2017")],
         ["import-splits", str(files)],
         ["import-checkpoints", str(files / "models")],
@@ -135,3 +138,31 @@ def test_years_of_our_own_do_not_mix_with_it(trip: Trip, tmp_path: Path) -> None
     (taken.storage.path("imports", "cubes", "2017.json")).unlink()
     done = taken.cli("materialize", "--year", "2017", "--only", "elevation_change", "--only", "glacier_cubes")
     assert done.exit_code == 1 and "store of their own" in " ".join(done.output.split())
+
+
+def _first(model: ModelSettings) -> str:
+    return next(k for k, v in build_model(model, pretrained=False).state_dict().items() if v.ndim == 4)
+
+
+@pytest.mark.timeout(600)
+def test_checkpoints_whose_indices_come_in_another_order(trip: Trip, tmp_path: Path) -> None:
+    """Their settings only say `true`: the wrong order is found out on validation glaciers, the right one is taken."""
+    channels = trip.native.region.model.channels
+    theirs = [*channels[:5], "ndsi", "ndvi", "ndwi", *channels[8:]]
+    order = [channels.index(c) for c in theirs]
+    for fold in (1, 2):
+        for member in (1, 2):
+            weights = load_file(str(trip.native.storage.model(fold, member) / "model.safetensors"))
+            first = _first(trip.native.region.model)
+            weights[first] = weights[first][:, order].contiguous()
+            write_checkpoint(weights, trip.native.region.model, tmp_path / "m", split=fold, seed=member)
+    taken = trip.taken.copy(tmp_path / "copy")
+    done = taken.cli("import-checkpoints", str(tmp_path / "m"))
+    words = " ".join(done.output.split())
+    assert done.exit_code == 1 and "--indices NDSI,NDVI,NDWI" in words, words
+    done = taken.cli("import-checkpoints", str(tmp_path / "m"), "--indices", "NDSI,NDVI,NDWI")
+    assert done.exit_code == 0, done.output
+    for fold in (1, 2):
+        for member in (1, 2):
+            a, b = (load_file(str(s.storage.model(fold, member) / "model.safetensors")) for s in (trip.native, taken))
+            assert all(torch.equal(a[k], b[k]) for k in a if a[k].is_floating_point())
