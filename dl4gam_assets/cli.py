@@ -1116,7 +1116,7 @@ def compare_published(
             table.add_row(
                 f"  {r.method}", str(int(r.n_glaciers)), _share(r.share_of_area), f"{r.rate_km2_per_year:.3f}",
                 f"{r.rate_pct_per_year:.2f} +/- {r.rate_std_pct_per_year:.2f}",
-                *([f"{r.moves_rate:+.2f}", f"{r.moves_std:+.2f}"] if known else ["", ""]),
+                *((f"{v:+.2f}".replace("-0.00", "+0.00") for v in (r.moves_rate, r.moves_std)) if known else ("", "")),
             )  # fmt: skip
     console.print(table)
     if settings.name == "alps" and year == 2023:

@@ -16,6 +16,7 @@ Layout below the root of a region::
     tables/<table>/year=2023/fold=1/part.parquet
     state/<asset>/<partition>.json           fingerprints: what a partition was made from
     outlines/, reports/, stac/               what is handed on
+    imports/                                 published files that were taken over, by name and checksum
     store.json                               the format of all this, and who wrote it
     results.duckdb
 """
