@@ -511,7 +511,7 @@ _TABLES = [
         _YEAR, _FOLD,
         _c("scope", "string", "all: every estimate of the year and fold; image: those with this scene_ids; terrain: those with this terrain_key", key=True, nullable=False),
         _c("scope_key", "string", "scene_ids or terrain_key of the lineage rows that it belongs to; empty for all", key=True, nullable=False),
-        _c("kind", "string", "scene, elevation, elevation change, velocity, weights, calibration, taus, normalization, folds, inventory, zones, debris, overrides, settings, package, code, hardware or materialization", key=True, nullable=False),
+        _c("kind", "string", "scene, elevation, elevation change, velocity, weights, calibration, taus, normalization, folds, inventory, zones, debris, overrides, settings, package, code, hardware, imported (a published file that stands in for work of our own) or materialization", key=True, nullable=False),
         _c("name", "string", "Item id, file name, member, package or asset", key=True, nullable=False),
         _c("address", "string", "Where it was read: path (of the store or below data_root) or URL"),
         _c("checksum", "string", "Checksum, fingerprint or version"),

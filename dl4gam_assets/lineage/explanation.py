@@ -53,9 +53,11 @@ class Explanation(BaseModel):
         out += [
             (1, f"image of {_day(i['date'])}: {i['scene_ids']}"),
             (2, f"{i['reason']}"),
-            (2, f"coverage {_number(i['coverage'])}, cloud {_number(i['cloud_share'])}, NDSI of the surroundings "
-                f"{_number(i['ndsi'])} ({i['ndsi_pixels']} pixels), albedo {_number(i['albedo'])}"),
-        ]  # fmt: skip
+        ]
+        if i["coverage"] is not None:  # an imported image has no scores
+            seen = f"coverage {_number(i['coverage'])}, cloud {_number(i['cloud_share'])}"
+            snow = f"NDSI of the surroundings {_number(i['ndsi'])} ({i['ndsi_pixels']} pixels)"
+            out.append((2, f"{seen}, {snow}, albedo {_number(i['albedo'])}"))
         out += [(2, f"runner-up {_day(r['date'])}: {r['reason']}") for r in self.runners_up[:5]]
         out += [
             (1, f"glacier cube {c['fingerprint']}: {c['height_px']} x {c['width_px']} pixels, EPSG:{c['utm_epsg']}, "
@@ -66,7 +68,8 @@ class Explanation(BaseModel):
         ]  # fmt: skip
         out += [
             (2, f"member {r['member']}: weights {str(r['sha256'])[:12]}, epoch {r['best_epoch']}, "
-                f"validation IoU {_number(r['validation_iou'])}, temperature {_number(r.get('temperature'))}")
+                f"validation IoU {_number(r['validation_iou'])}, temperature {_number(r.get('temperature'))}"
+                + (f"; {r['encoder_weights']}" if str(r.get("encoder_weights")).startswith("imported") else ""))
             for r in m["members"]
         ]  # fmt: skip
         out.append(

@@ -50,7 +50,7 @@ class Provenance(_Record):
 Kind = Literal[
     "scene", "elevation", "elevation change", "error of elevation change", "velocity", "weights", "calibration", "taus",
     "normalization", "folds", "inventory", "zones", "debris", "overrides", "settings", "package", "code", "hardware",
-    "materialization", "static layers", "glacier cube", "prediction",
+    "imported", "materialization", "static layers", "glacier cube", "prediction",
 ]  # fmt: skip
 
 

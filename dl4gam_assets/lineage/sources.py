@@ -16,7 +16,7 @@ from dl4gam_assets.storage import Storage, safe_name
 ORDER = (
     "scene", "glacier cube", "static layers", "elevation", "elevation change", "error of elevation change", "velocity",
     "inventory", "zones", "debris", "overrides", "folds", "normalization", "weights", "calibration", "taus",
-    "prediction", "settings", "code", "package", "hardware", "materialization",
+    "prediction", "imported", "settings", "code", "package", "hardware", "materialization",
 )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ import pandas as pd
 from dl4gam_assets.lineage.environment import hardware_class, record_settings, record_software, software
 from dl4gam_assets.lineage.records import Materialization, PartitionRecord
 from dl4gam_assets.settings import fingerprint
+from dl4gam_assets.stages import published
 from dl4gam_assets.stages.base import (
     Site,
     UpstreamError,
@@ -87,7 +88,8 @@ def write_lineage(
             if asset in by_asset} | {"glacier_areas": ws.run_id}  # fmt: skip
     settings, versions = record_settings(storage, region), record_software(storage)
     start = dhdt["period_start"]
-    source = terrain.elevation_change_source or "dh/dt"
+    imported = published.cubes_import(storage, year) is not None
+    source = "layer of the published cube, by the settings" if imported else terrain.elevation_change_source or "dh/dt"
     words = [
         None if pd.isna(a) else f"{source} {int(a)} to {int(b)}" for a, b in zip(start, dhdt["period_end"], strict=True)
     ]
@@ -101,7 +103,9 @@ def write_lineage(
             "static_fingerprint": static.to_numpy(),
             "dhdt_fingerprint": dhdt["fingerprint"].to_numpy(),
             "terrain_key": [keys.get(g) for g in ids],
-            "dem_source": terrain.dem_source or ", ".join(terrain.dem) or None,
+            "dem_source": "layers of the published cube"
+            if imported
+            else terrain.dem_source or ", ".join(terrain.dem) or None,
             "dhdt_source": words,
             "member_sha256": predictions["member_sha256"].reindex(index).to_numpy(),
             "calibration_fingerprint": str(ws.upstream("calibration", fold_label(fold))),
@@ -181,6 +185,13 @@ def _common_rows(
              **({"asset": "ensemble_member", "partition": label} if state is None
                 else state.model_dump(exclude={"output"}))}
         )  # fmt: skip
+    for entry in (published.folds_import(ws.storage), published.statistics_import(ws.storage, fold)):
+        if entry is not None:
+            add("imported", entry["file"], f"sha256:{entry['sha256']}")
+    for r in members.itertuples():
+        entry = published.member_import(ws.storage, fold, int(r.member))
+        if entry is not None:
+            add("imported", entry["name"], f"sha256:{entry['sha256']}", address=entry["path"])
     f = fold_label(fold)
     add("calibration", f, None, "calibration", f"tables/calibration/fold={fold}/part.parquet")
     add("normalization", f, None, "normalization", f"tables/normalization/fold={fold}/part.parquet")

@@ -102,7 +102,11 @@ def test_lineage_names_the_published_files(trip: Trip) -> None:
     assert done.exit_code == 0, done.output
     told = json.loads(done.output)
     sources = json.dumps(told)
-    assert "published cube" in sources and "sha256:" in sources and "split_" in sources
+    assert "published cube" in sources and "sha256:" in sources and "map_all_splits_all_folds.csv" in sources
+    assert "stats_agg_split_" in sources and "layers of the published cube" in sources
+    done = trip.taken.cli("explain", str(row["glacier_id"]), "--year", "2016")
+    words = " ".join(done.output.replace("│", " ").split())
+    assert "imported from split_" in words and "coverage unknown" not in words
     model = json.loads((trip.taken.storage.model(1, 1) / "model.json").read_text())
     assert model["golden"]["largest_difference"] < 1e-5 and len(model["golden"]["response"]) == 16
     assert all(value > 0 for value in model["golden"]["response"].values())
