@@ -112,9 +112,10 @@ def test_members_killed_with_their_processes_go_on_to_the_same_weights(
     )  # fmt: skip
     states = [root / "work" / "fold=1" / f"member=0{m}" / "state.json" for m in (1, 2)]
     limit = time.monotonic() + 120
-    while not all(s.exists() for s in states):
+    # As soon as one has ended an epoch: on a busy machine it may be done before the other begins.
+    while not any(s.exists() for s in states):
         assert child.poll() is None, child.stderr and child.stderr.read().decode()[-1500:]
-        assert time.monotonic() < limit, "the members did not reach their first epoch"
+        assert time.monotonic() < limit, "no member reached its first epoch"
         time.sleep(0.005)
     os.killpg(child.pid, signal.SIGKILL)
     child.wait()
