@@ -106,11 +106,16 @@ def dagster_home(storage: Storage) -> Path:
 
 @contextlib.contextmanager
 def instance(storage: Storage) -> Iterator[dg.DagsterInstance]:
-    """The Dagster instance beside the results."""
-    folder = dagster_home(storage)
+    """The Dagster instance beside the results; while it is open DAGSTER_HOME names it for other processes."""
+    folder, before = dagster_home(storage), os.environ.get("DAGSTER_HOME")
     os.environ["DAGSTER_HOME"] = str(folder)
-    with dg.DagsterInstance.get() as opened:
-        yield opened
+    try:
+        with dg.DagsterInstance.get() as opened:
+            yield opened
+    finally:
+        os.environ.pop("DAGSTER_HOME")
+        if before is not None:
+            os.environ["DAGSTER_HOME"] = before
 
 
 def materialize(
