@@ -35,7 +35,6 @@ class Step:
     name: str
     change: Mapping[str, Any] = field(default_factory=dict)
     intervals: str = "published"
-    without: tuple[str, ...] = ()  # intervals that have to be there
 
 
 STEPS = (
@@ -89,8 +88,7 @@ def regional_rates(
                 rows.append({"step": step.name, "method": method} | {name: row[name] for name in _COLUMNS})
     out = pd.DataFrame(rows, columns=["step", "method", *_COLUMNS])
     inventory = float(glaciers["inventory_area_km2"].sum())
-    known = glaciers.set_index("glacier_id")["inventory_area_km2"]
-    out["share_of_area"] = out["baseline_area_km2"].astype(float) / inventory if len(known) else np.nan
+    out["share_of_area"] = out["baseline_area_km2"].astype(float) / inventory
     first = out[out["step"] == STEPS[0].name].set_index("method")
     for name, column in (("moves_rate", "rate_pct_per_year"), ("moves_std", "rate_std_pct_per_year")):
         reference = out["method"].map(first[column].astype(float)) if len(first) else np.nan

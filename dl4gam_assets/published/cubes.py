@@ -27,7 +27,6 @@ from dl4gam_assets.published.layout import (
     BAND_NAMES,
     LAYERS,
     NODATA,
-    OUR_BAND,
     PUBLISHED_BAND,
     STEP,
     PublishedFileError,
@@ -212,8 +211,8 @@ def to_cube(
     index = np.nan_to_num(data["mask_all_g_id"].to_numpy().astype(np.float64), nan=-1.0).astype(np.int32)
     if not glacier.any():
         raise PublishedFileError(f"cube {path}: its mask_crt_g is empty")
-    ids = np.unique(index[glacier])
-    me = int(np.bincount(index[glacier][index[glacier] >= 0], minlength=1).argmax()) if (ids >= 0).any() else 0
+    mine = index[glacier & (index >= 0)]
+    me = int(np.bincount(mine).argmax()) if mine.size else int(index.max()) + 1
     index[glacier] = me
     index[(index == me) & ~glacier] = -1
     if outline is not None:
@@ -316,9 +315,3 @@ def write_published(data: xr.Dataset, path: Path) -> None:
         encoding[str(name)]["grid_mapping"] = attrs.pop("grid_mapping")
         data[name].attrs = attrs
     data.to_netcdf(path, engine="netcdf4", encoding=encoding)
-
-
-__all__ = [
-    "OUR_BAND", "PublishedCube", "find_cubes", "from_cube", "read_published", "to_cube", "unpack_cubes",
-    "write_published",
-]  # fmt: skip
