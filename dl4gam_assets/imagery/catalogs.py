@@ -26,7 +26,7 @@ import shapely
 import shapely.geometry
 
 from dl4gam_assets.compute import TransientError
-from dl4gam_assets.settings import SceneFolder, SensorSettings, StacApi, StacFolder, StacGeoparquet
+from dl4gam_assets.settings import SceneFolder, SensorSettings, StacApi, StacFolder, StacGeoparquet, fingerprint
 
 if TYPE_CHECKING:
     import pyarrow.dataset
@@ -39,6 +39,9 @@ _KEPT = (
     "s2:processing_baseline", "processing:version", "s2:generation_time", "earthsearch:boa_offset_applied",
     "eo:cloud_cover", "proj:epsg", "proj:code", "landsat:wrs_path", "landsat:wrs_row",
 )  # fmt: skip
+
+#: Properties that decide how digital numbers become reflectance (``scaling``).
+_SCALING = ("s2:processing_baseline", "processing:version", "earthsearch:boa_offset_applied")
 
 
 class CatalogError(RuntimeError):
@@ -691,8 +694,16 @@ def _time(item: pystac.Item) -> dt.datetime:
 
 def item_checksums(item: pystac.Item, assets: Iterable[str]) -> dict[str, str]:
     """Identity of an item's files: the catalog's checksum (file extension) where it has one, size and time of a local
-    file, otherwise the item's own time of change. A local file with a checksum counts with its size and a hash of
-    samples of it too, since the catalog does not notice when the file is replaced."""
+    file, otherwise the item's own time of change and the address. A local file with a checksum counts with its size and
+    a hash of samples of it too, since the catalog does not notice when the file is replaced.
+
+    Behind ``as:`` stands a hash of what the item says about reading the file, where it says anything: scale, offset,
+    no-data and the band's place in the file, the processing baseline and the flag of Earth Search. So an item that is
+    corrected is another item."""
+    from dl4gam_assets.imagery.scaling import band_index, band_metadata  # these know of catalogs
+    from dl4gam_assets.imagery.signing import unsigned
+
+    told = [item.properties.get(name) for name in _SCALING]
     out: dict[str, str] = {}
     for name in assets:
         asset = item.assets.get(name)
@@ -710,7 +721,11 @@ def item_checksums(item: pystac.Item, assets: Iterable[str]) -> dict[str, str]:
             out[name] = f"{stat.st_size}:{stat.st_mtime_ns}"
         else:
             changed = item.properties.get("updated") or item.properties.get("created") or ""
-            out[name] = f"item:{changed}"
+            out[name] = f"item:{changed} {fingerprint(unsigned(asset.href))[:8]}"
+        band = band_index(asset)
+        said = [band, band_metadata(asset, band), *told]
+        if said != [1, {}, *[None] * len(_SCALING)]:
+            out[name] += f" as:{fingerprint(said)[:8]}"
     return out
 
 

@@ -19,6 +19,7 @@ from dl4gam_assets.stages.base import (
     frame_fingerprint,
     run_stage,
 )
+from dl4gam_assets.stages.code import code_fingerprint
 from dl4gam_assets.stages.imagery import catalog_fingerprint, catalog_of
 from dl4gam_assets.stages.terrain import dhdt_path, static_path
 from dl4gam_assets.tables import TABLES, rows_of
@@ -28,8 +29,22 @@ if TYPE_CHECKING:
     from odc.geo.geobox import GeoBox
 
 
-def cube_of(site: Site, year: int, glacier_id: str, wanted: str, stamp: str) -> dict[str, Any]:
-    """Build one glacier's cube unless the file made from the same inputs is there; runs in a worker process."""
+#: Modules whose code shapes the image and dh/dt of a cube; that of its static layers is in their own fingerprint.
+_CODE = (
+    "dl4gam_assets.imagery.masks",
+    "dl4gam_assets.imagery.reading",
+    "dl4gam_assets.imagery.scaling",
+    "dl4gam_assets.cubes.build",
+    "dl4gam_assets.cubes.files",
+    "dl4gam_assets.cubes.masks",
+)
+
+
+def cube_of(site: Site, year: int, glacier_id: str, wanted: str, stamp: str, again: bool = False) -> dict[str, Any]:
+    """Build one glacier's cube unless the file made from the same inputs is there; runs in a worker process.
+
+    ``again`` builds it in any case.
+    """
     import rasterio
 
     from dl4gam_assets.cubes import build_cube, content_fingerprint, cube_mask, open_cube, write_cube
@@ -44,7 +59,7 @@ def cube_of(site: Site, year: int, glacier_id: str, wanted: str, stamp: str) -> 
     elevations = cached_table(site, "elevations")
     ground = rows_of(elevations, glacier_id).iloc[0]
     mine = None
-    if path.exists():
+    if path.exists() and not again:
         with storage.reading(path) as local, open_cube(local) as found:
             if found.attrs.get("inputs") == wanted:
                 mine = found[["mask"]].load()
@@ -156,6 +171,7 @@ def glacier_cubes(ws: Workspace, year: int, *, force: bool = False) -> StageResu
         "dhdt": ws.upstream("elevation_change", label),
         "sensor": ws.region.imagery.sensor.model_dump(mode="json"),
         "single_tile_coverage": ws.region.imagery.selection.single_tile_coverage,
+        "code": code_fingerprint(_CODE),
     }
 
     def work() -> tuple[str, dict[str, Any], dict[str, bytes]]:
@@ -172,6 +188,7 @@ def glacier_cubes(ws: Workspace, year: int, *, force: bool = False) -> StageResu
             wanted = fingerprint(
                 {
                     "version": STAGE_VERSION,
+                    "code": inputs["code"],
                     "scenes": [row.scene_ids, row.checksums],
                     "static": static[row.glacier_id],
                     "dhdt": [
@@ -181,7 +198,7 @@ def glacier_cubes(ws: Workspace, year: int, *, force: bool = False) -> StageResu
                     "single_tile_coverage": inputs["single_tile_coverage"],
                 }
             )  # fmt: skip
-            tasks.append((row.glacier_id, (ws.site, year, row.glacier_id, wanted, stamp)))
+            tasks.append((row.glacier_id, (ws.site, year, row.glacier_id, wanted, stamp, force)))
         rows, failures = ws.over_glaciers("glacier_cubes", label, cube_of, tasks)
         frame = pd.DataFrame(list(rows.values())) if rows else TABLES["cubes"].empty().drop(columns="year")
         storage.write_table("cubes", frame, {"year": year})

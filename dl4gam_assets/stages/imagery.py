@@ -32,6 +32,7 @@ from dl4gam_assets.stages.base import (
     input_fingerprint,
     run_stage,
 )
+from dl4gam_assets.stages.code import code_fingerprint
 from dl4gam_assets.stages.files import changed_files, record_files, sampled_hash, scene_files
 from dl4gam_assets.storage import safe_name
 from dl4gam_assets.tables import TABLES, rows_of
@@ -42,6 +43,15 @@ PLATES = 2
 SEARCHES_AT_ONCE = 4
 #: Raised by one when stored searches of before can not be used any more.
 SEARCH_VERSION = 1
+#: Modules whose code shapes scores. Of ``catalogs`` only the items count, which are in the keys themselves.
+_CODE = (
+    "dl4gam_assets.imagery.candidates",
+    "dl4gam_assets.imagery.masks",
+    "dl4gam_assets.imagery.reading",
+    "dl4gam_assets.imagery.scaling",
+    "dl4gam_assets.imagery.scores",
+    "dl4gam_assets.inventory.grid",
+)
 #: Catalogs that are searched once for many glaciers. The others are in memory whole.
 _SEARCHED = (StacApi, StacGeoparquet)
 #: Glaciers within this many degrees of an outline are in its images: the margin is far smaller.
@@ -223,6 +233,7 @@ def candidates_of(
     near = glaciers.iloc[glaciers.sindex.query(glacier["geometry"].buffer(_NEAR_DEG), predicate="intersects")]
     key = input_fingerprint(
         {
+            "code": code_fingerprint(_CODE),
             "items": {i: item_checksums(item, names) for i, item in sorted(items.items())},
             "outlines": _shapes_hash(pd.concat([near.geometry, zones.geometry])),
             "settings": _score_settings(region),
@@ -316,6 +327,7 @@ def scene_candidates(ws: Workspace, year: int, *, force: bool = False) -> StageR
         "glaciers": ws.upstream("inventory_outlines"),
         "zones": ws.upstream("glacier_zones"),
         "catalog": catalog,
+        "code": code_fingerprint(_CODE),
         "settings": _score_settings(ws.region),
         "search": ws.region.imagery.model_dump(mode="json", include={"window", "baseline"}),
         "years": ws.region.years.baseline == year,

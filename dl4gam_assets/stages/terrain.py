@@ -8,15 +8,11 @@ of a tile that leaves the values as they were stops here.
 
 from __future__ import annotations
 
-import ast
 import functools
 import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from importlib import metadata as packages
-from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +21,6 @@ import pandas as pd
 from dl4gam_assets.settings import StacFolder, fingerprint
 from dl4gam_assets.stages import published
 from dl4gam_assets.stages.base import (
-    STAGE_VERSION,
     Site,
     StageResult,
     UpstreamError,
@@ -34,6 +29,7 @@ from dl4gam_assets.stages.base import (
     frame_fingerprint,
     run_stage,
 )
+from dl4gam_assets.stages.code import code_fingerprint
 from dl4gam_assets.storage import safe_name
 from dl4gam_assets.tables import TABLES, rows_of
 
@@ -53,30 +49,8 @@ _PACKAGES = ("xdem",)
 
 
 # --------------------------------------------------------------------------------------------- fingerprints
-@functools.cache
-def code_fingerprint(modules: Sequence[str] = _CODE, distributions: Sequence[str] = _PACKAGES) -> str:
-    """Hash of what modules do: their syntax trees without docstrings, comments and layout, and versions of packages."""
-    digest = hashlib.sha256(str(STAGE_VERSION).encode())
-    for name in modules:
-        spec = find_spec(name)
-        assert spec is not None and spec.origin is not None
-        digest.update(plain_code(Path(spec.origin).read_text(encoding="utf-8")).encode())
-    for name in distributions:
-        digest.update(f"{name}=={packages.version(name)}".encode())
-    return digest.hexdigest()[:16]
-
-
-def plain_code(source: str) -> str:
-    """Python code without docstrings, comments and layout."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(
-            node, clean=False
-        ):
-            assert isinstance(body, list)
-            body[0] = ast.Pass()
-    return ast.unparse(tree)
+def _code() -> str:
+    return code_fingerprint(_CODE, _PACKAGES)
 
 
 def _grid_key(grid: Any) -> list[Any]:
@@ -153,7 +127,7 @@ def static_of(
     )
     wanted = fingerprint(
         {
-            "code": code_fingerprint(),
+            "code": _code(),
             "grid": _grid_key(grid),
             "around": [[int(i), g.wkb_hex] for i, g in _near(glaciers, window)[["glacier_int", "geometry"]].to_numpy()],
             "debris": [g.wkb_hex for g in _near(debris, window).geometry],
@@ -294,7 +268,7 @@ def elevation(ws: Workspace, *, force: bool = False) -> StageResult:
         "velocity": [_tiles_key(velocity.tiles), velocity.templates],
         "settings": terrain.model_dump(mode="json", include={"dem_nodata", "smoothing_sigma"}),
         "grid": [ws.region.imagery.sensor.pixel_m, ws.region.imagery.margin_m, ws.region.inventory.buffers_m],
-        "code": code_fingerprint(),
+        "code": _code(),
     }
 
     def work() -> tuple[str, dict[str, Any], dict[str, bytes]]:
@@ -370,7 +344,7 @@ def elevation_change_of(
     ][: 1 if error_signature is None else 2]  # fmt: skip
     wanted = fingerprint(
         {
-            "code": code_fingerprint(), "grid": _grid_key(grid), "period": [period.start, period.end],
+            "code": _code(), "grid": _grid_key(grid), "period": [period.start, period.end],
             "tiles": [_tiles_key(tiles) for tiles in layers],
         }
     )  # fmt: skip
@@ -438,7 +412,7 @@ def elevation_change(ws: Workspace, year: int, *, force: bool = False) -> StageR
         "elevation": ws.upstream("elevation"),
         "files": [None if index is None else [_tiles_key(index.tiles), index.templates] for index in (tiles, errors)],
         "period": None if period is None else [period.start, period.end],
-        "code": code_fingerprint(),
+        "code": _code(),
         "year": year,
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 import shutil
 from copy import deepcopy
 from pathlib import Path
@@ -26,6 +27,7 @@ from dl4gam_assets.segmentation.packing import MISSING, PackedCubes, pack_cubes
 from dl4gam_assets.settings import PUBLISHED_CHANNELS, SettingsError, parse_region
 from dl4gam_assets.stages import cubes, imagery, inventory, simulation, terrain
 from dl4gam_assets.stages.base import UpstreamError, Workspace
+from dl4gam_assets.stages.code import code_fingerprint, plain_code
 from dl4gam_assets.storage import Storage, safe_name
 from dl4gam_assets.terrain import TileIndex
 
@@ -124,7 +126,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Place:
 def copy(base: Place, tmp_path: Path) -> Place:
     shutil.copytree(base.home, tmp_path / "copy")
     made = Place(tmp_path / "copy")
-    made.raw = deepcopy(base.raw)
+    made.raw, made.first = deepcopy(base.raw), base.first  # type: ignore[attr-defined]
     return made
 
 
@@ -195,6 +197,82 @@ def test_another_scene_for_one_glacier_changes_one_cube(copy: Place) -> None:
     assert copy.changed("static", static_before) == set()
     after = copy.table("cubes", year=YEAR).set_index("glacier_id")["fingerprint"]
     assert set(after.index[after != before]) == {glacier}
+
+
+def _own_catalog(copy: Place) -> Path:
+    """The simulated files as a region's own catalog, whose items may change; candidates and cubes are made from it."""
+    copy.raw.pop("simulation")
+    copy.raw["data_root"] = str(copy.home / "inputs")
+    copy.run()
+    return copy.home / "inputs" / "stac"
+
+
+def _items(copy: Place) -> dict[str, Path]:
+    return {p.stem: p for p in (copy.home / "inputs" / "stac").rglob("*.json") if '"Feature"' in p.read_text()}
+
+
+def _darker(item: Path, by: float) -> None:
+    """Correct the offset of all bands in an item."""
+    said = json.loads(item.read_text())
+    for asset in said["assets"].values():
+        for band in asset.get("raster:bands", []):
+            if "offset" in band:
+                band["offset"] -= by
+    item.write_text(json.dumps(said))
+
+
+def _chosen(copy: Place) -> pd.DataFrame:
+    """The chosen images by glacier: ids of the items that gave pixels, and of all items of their day."""
+    scenes = copy.table("scenes", year=YEAR)
+    scenes = scenes[scenes["selected"].astype(bool)].set_index("glacier_id")
+    return pd.DataFrame({"used": scenes["scene_ids"].str.split("+"), "day": scenes["checksums"].map(json.loads)})
+
+
+def test_a_corrected_offset_is_scored_again_and_changes_the_cubes_that_it_concerns(copy: Place) -> None:
+    _own_catalog(copy)
+    candidates, chosen = copy.table("candidates", year=YEAR), _chosen(copy)
+    before = copy.table("cubes", year=YEAR).set_index("glacier_id")["fingerprint"]
+    count = {i: sum(i in ids for ids in chosen["used"]) for i in sorted(set(chosen["used"].explode()))}
+    item = min(count, key=lambda i: count[i])
+    assert 0 < count[item] < len(chosen)
+    made = copy.stamps("cubes")
+    _darker(_items(copy)[item], 0.01)
+    done = copy.run()
+    of_day = candidates["checksums"].map(lambda text: item in json.loads(text))
+    near = set(candidates.loc[of_day, "glacier_id"])
+    assert done["scene_candidates"]["scored_now"] == len(near) < done["scene_candidates"]["glaciers"]
+    both = candidates.merge(copy.table("candidates", year=YEAR), on=["glacier_id", "date"], suffixes=("", "_now"))
+    fall = both["albedo"] - both["albedo_now"]
+    assert fall[of_day.to_numpy()].between(0.009, 0.0101).any() and (fall[~of_day.to_numpy()].dropna() == 0).all()
+    now = _chosen(copy)
+    assert set(now.index) == set(chosen.index)
+    changed = {g for g in now.index if item in now["used"][g] or item in chosen["used"][g]}
+    after = copy.table("cubes", year=YEAR).set_index("glacier_id")["fingerprint"]
+    assert set(after.index[after != before.reindex(after.index)]) == changed
+    again = {g for g in now.index if item in now["day"][g] or item in chosen["day"][g]}
+    assert changed and copy.changed("cubes", made) == {safe_name(g) for g in again}
+
+
+def test_force_builds_cubes_again(copy: Place) -> None:
+    made = copy.stamps("cubes")
+    assert cubes.glacier_cubes(copy.ws, YEAR).unchanged
+    cubes.glacier_cubes(copy.ws, YEAR, force=True)
+    assert copy.changed("cubes", made) == set(made) != set()
+
+
+def test_other_code_of_reading_scores_and_builds_again(copy: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """... with equal content, where the change of code changes no value."""
+    before = copy.table("cubes", year=YEAR).set_index("glacier_id")["fingerprint"]
+    made = copy.stamps("cubes")
+    assert copy.run()["scene_candidates"]["scored_now"] == copy.first["scene_candidates"]["scored_now"]  # unchanged
+    assert copy.changed("cubes", made) == set()
+    for module in (imagery, cubes):
+        assert "dl4gam_assets.imagery.masks" in module._CODE and "dl4gam_assets.imagery.scaling" in module._CODE
+        monkeypatch.setattr(module, "_CODE", (*module._CODE, "dl4gam_assets.imagery.ranking"))
+    done = copy.run()
+    assert done["scene_candidates"]["scored_now"] == done["scene_candidates"]["glaciers"]
+    assert copy.changed("cubes", made) == set(made)
+    pd.testing.assert_series_equal(copy.table("cubes", year=YEAR).set_index("glacier_id")["fingerprint"], before)
 
 
 def test_another_dem_tile_changes_only_the_glaciers_that_touch_it(copy: Place) -> None:
@@ -296,9 +374,10 @@ def test_a_channel_needs_its_companion(copy: Place) -> None:
 def test_code_counts_and_comments_do_not() -> None:
     one = '"""Doc."""\ndef f(a):\n    """Says."""\n    # why\n    return a  + 1\n'
     same = '"""Other words."""\n\n\ndef f(a):\n    """More."""\n    return a + 1\n'
-    assert terrain.plain_code(one) == terrain.plain_code(same)
-    assert terrain.plain_code(one) != terrain.plain_code(one.replace("+ 1", "+ 2"))
-    assert terrain.code_fingerprint() != terrain.code_fingerprint(("dl4gam_assets.cubes.masks",))
+    assert plain_code(one) == plain_code(same)
+    assert plain_code(one) != plain_code(one.replace("+ 1", "+ 2"))
+    masks, files = "dl4gam_assets.cubes.masks", "dl4gam_assets.cubes.files"
+    assert code_fingerprint((masks,)) != code_fingerprint((files,)) != code_fingerprint((files,), ("xdem",))
 
 
 def test_training_sees_the_channels_that_the_file_gives(base: Place, tmp_path: Path) -> None:
