@@ -223,7 +223,7 @@ def main() -> int:
             yearly(ws, year)
         crowd(ws, wish.inventory)
         stamp = imagery.catalog_fingerprint(ws, year)
-        catalog = imagery.catalog_of(ws.site, stamp)
+        catalog = imagery.catalog_of(ws.site, year, stamp)
         tables = {name: ws.storage.read_table(name) for name in ("glaciers", "zones", "debris")}
         read = ws.storage.read_table("scenes", year=year)
         # One item each: mosaicking is no part of the comparison.
