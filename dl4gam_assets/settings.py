@@ -224,7 +224,9 @@ class SensorSettings(_Strict):
         description="Added after scaling. 'metadata' reads the item; 'sentinel-2-baseline': -1000 x scale from "
         "processing baseline 04.00 on, for catalogs of original digital numbers without metadata.",
     )
-    nodata: float | None = Field(None, description="DN that means no data where the files do not say.")
+    nodata: float | None = Field(
+        None, description="DN of the bands that means no data, besides what their files and items say."
+    )
     pixel_m: float = Field(10.0, gt=0, description="Pixel size of the glacier cubes in metres.")
     resampling: Literal["nearest", "bilinear", "cubic"] = "bilinear"
     scene_classification: str | None = Field(None, description="Asset with the Sentinel-2 scene classification.")

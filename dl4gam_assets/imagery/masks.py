@@ -25,9 +25,11 @@ from dl4gam_assets.settings import OmniCloudMaskSettings, SensorSettings
 #: Classes and bits of cloud proper. Only these give way to snow and ice: a shadow on snow has the same NDSI as snow.
 CLOUD_CLASSES = (8, 9, 10)
 CLOUD_BITS = (1, 2, 3)
+#: Classes that say something of a pixel; 0, or another number, says nothing.
+KNOWN_CLASSES = range(1, 12)
 
-#: Reads a mask asset onto the grid: (asset, interpolate, mask no data) -> float32 (H, W), NaN where missing.
-MaskReader = Callable[[pystac.Asset, bool, bool], np.ndarray]
+#: Reads a mask asset onto the grid: (asset, interpolate) -> float32 (H, W), NaN where its file has no pixel.
+MaskReader = Callable[[pystac.Asset, bool], np.ndarray]
 #: Reads a band onto the grid: our name -> reflectance float32 (H, W), NaN where missing.
 BandReader = Callable[[str], np.ndarray]
 
@@ -44,8 +46,11 @@ def mask_assets(sensor: SensorSettings) -> list[str]:
 
 def cloud_of_item(
     item: pystac.Item, sensor: SensorSettings, shape: tuple[int, int], mask: MaskReader, band: BandReader
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cloud and cloud shadow of one item: the union of all masks that the sensor names.
+
+    A pixel of which any of these masks says nothing is unknown: outside its file, or of no class. It is not clean, as
+    nobody looked, and not cloud, as another item may show it.
 
     Parameters
     ----------
@@ -56,6 +61,7 @@ def cloud_of_item(
     -------
     cloud : bool (H, W)
     overruled : bool (H, W), pixels that a mask called cloud and that snow and ice took back (never part of ``cloud``)
+    unknown : bool (H, W), pixels without a value in one of the masks
 
     Raises
     ------
@@ -66,30 +72,34 @@ def cloud_of_item(
     """
     firm: list[np.ndarray] = []  # stays cloud whatever the pixel looks like
     doubted: list[np.ndarray] = []  # gives way where the pixel looks like snow or ice
+    silent: list[np.ndarray] = []
     if sensor.scene_classification:
-        classes = mask(asset_of(item, sensor.scene_classification), False, True)
+        classes = mask(asset_of(item, sensor.scene_classification), False)
+        silent.append(~np.isin(classes, list(KNOWN_CLASSES)))
         gives_way = "scene_classification" in sensor.overruled_masks
         soft, hard = _parted(sensor.cloud_classes, CLOUD_CLASSES if gives_way else ())
         doubted.append(of_classes(classes, soft))
         firm.append(of_classes(classes, hard))
     if sensor.qa_pixel:
-        values = mask(asset_of(item, sensor.qa_pixel), False, False)
+        values = mask(asset_of(item, sensor.qa_pixel), False)
+        silent.append(np.isnan(values))
         soft, hard = _parted(sensor.qa_bits, CLOUD_BITS if "qa_pixel" in sensor.overruled_masks else ())
         doubted.append(of_bits(values, soft))
         firm.append(of_bits(values, hard))
     if sensor.cloud_probability:
-        percent = mask(asset_of(item, sensor.cloud_probability), True, False)
+        percent = mask(asset_of(item, sensor.cloud_probability), True)
+        silent.append(np.isnan(percent))
         (doubted if "cloud_probability" in sensor.overruled_masks else firm).append(
             percent >= sensor.cloud_probability_min
         )
     if sensor.omnicloudmask is not None:
         firm.append(omnicloudmask(band("red"), band("green"), band("nir"), sensor.omnicloudmask))
     nothing = np.zeros(shape, dtype=bool)
-    cloud, maybe = _union([nothing, *firm]), _union([nothing, *doubted])
+    cloud, maybe, unknown = (_union([nothing, *layers]) for layers in (firm, doubted, silent))
     if not maybe.any():
-        return cloud, nothing
+        return cloud, nothing, unknown
     snow = looks_like_snow(band("green"), band("swir16"), sensor.snow_ndsi_min, sensor.snow_swir_max)
-    return _union([cloud, maybe & ~snow]), maybe & snow & ~cloud
+    return _union([cloud, maybe & ~snow]), maybe & snow & ~cloud, unknown
 
 
 def _parted(chosen: Sequence[int], soft: Sequence[int]) -> tuple[list[int], list[int]]:

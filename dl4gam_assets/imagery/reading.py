@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import TYPE_CHECKING, Any
 
@@ -86,8 +87,8 @@ def read_image(
     Dataset with ``reflectance`` float32 (band, y, x), unit 1, NaN where missing; ``cloud`` bool (y, x), false without
     a cloud mask; ``overruled`` bool (y, x), what a mask called cloud and the spectrum of snow or ice took back;
     ``saturated`` bool (y, x), only with ``sensor.saturated_at``: where any band reaches it; ``missing`` bool (y, x),
-    where any of the bands is missing. The attribute ``scene_ids`` names the items that gave pixels, in order, joined by
-    ``+``.
+    where any of the bands is missing, or a mask that the sensor names has no value. The attribute ``scene_ids`` names
+    the items that gave pixels, in order, joined by ``+``.
 
     Raises
     ------
@@ -111,15 +112,16 @@ def read_image(
             with _asked(item, sensor, names, geobox, threads) as (layers, masks):
                 values = np.stack([layer() for layer in layers])
                 absent = ~np.isfinite(values).all(axis=0)
-                fresh = missing & ~absent
-                if not fresh.any():
+                if not (missing & ~absent).any():
                     continue
                 for mask in masks:
                     mask()
-            masks_of_item = (
-                *_cloud(item, sensor, geobox, dict(zip(names, values, strict=True))),
-                _saturated(item, sensor, names, values),
-            )
+            *cloud_masks, unknown = _cloud(item, sensor, geobox, dict(zip(names, values, strict=True)))
+            absent |= unknown  # nobody looked for cloud there
+            fresh = missing & ~absent
+            if not fresh.any():
+                continue
+            masks_of_item = (*cloud_masks, _saturated(item, sensor, names, values))
             if not used:  # the first: nothing to keep of what is there
                 values[:, absent] = np.nan
                 reflectance = values
@@ -215,7 +217,7 @@ def _asked(
     files = [asset for name in mask_assets(sensor) if (asset := item.assets.get(name)) is not None]
     pool = executor("files", threads)
     futures = [submit(pool, band) for band in bands]
-    masks = [submit(pool, _onto, asset, sensor, geobox, Resampling.nearest, False) for asset in files]
+    masks = [submit(pool, _mask, asset, geobox, Resampling.nearest) for asset in files]
     try:
         yield [f.result for f in futures], [f.result for f in masks]
     finally:
@@ -235,7 +237,8 @@ def _by_cover(items: Sequence[pystac.Item], geobox: GeoBox) -> list[pystac.Item]
 def _reflectance(item: pystac.Item, sensor: SensorSettings, band: str, geobox: GeoBox) -> np.ndarray:
     asset = asset_of(item, sensor.bands[band])
     scale, offset = reflectance_scale(item, asset, sensor)
-    values = _onto(asset, sensor, geobox, Resampling[sensor.resampling])
+    stated = (band_metadata(asset, band_index(asset)).get("nodata"), sensor.nodata)
+    values = _onto(asset, geobox, Resampling[sensor.resampling], [float(v) for v in stated if v is not None])
     # Reflectance below zero is noise of dark pixels after the offset; it stays, but never below -0.2.
     out: np.ndarray = np.maximum(values * np.float32(scale) + np.float32(offset), np.float32(-0.2))
     return out
@@ -243,17 +246,21 @@ def _reflectance(item: pystac.Item, sensor: SensorSettings, band: str, geobox: G
 
 def _cloud(
     item: pystac.Item, sensor: SensorSettings, geobox: GeoBox, known: Mapping[str, np.ndarray]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Cloud and what snow overruled (``masks.cloud_of_item``); ``known`` are bands that were read already."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cloud, what snow overruled, unknown (``masks.cloud_of_item``); ``known`` are bands that were read already."""
 
-    def mask(asset: pystac.Asset, interpolate: bool, without_nodata: bool) -> np.ndarray:
-        how = Resampling.bilinear if interpolate else Resampling.nearest
-        return _onto(asset, sensor, geobox, how, mask=without_nodata)
+    def mask(asset: pystac.Asset, interpolate: bool) -> np.ndarray:
+        return _mask(asset, geobox, Resampling.bilinear if interpolate else Resampling.nearest)
 
     def band(name: str) -> np.ndarray:
         return known[name] if name in known else _reflectance(item, sensor, name, geobox)
 
     return cloud_of_item(item, sensor, (geobox.shape[0], geobox.shape[1]), mask, band)
+
+
+def _mask(asset: pystac.Asset, geobox: GeoBox, resampling: Resampling) -> np.ndarray:
+    """A mask as its file has it, NaN only outside: a probability of 0 is a value, whatever the file's tag says."""
+    return _onto(asset, geobox, resampling, None)
 
 
 def _saturated(item: pystac.Item, sensor: SensorSettings, names: Sequence[str], values: np.ndarray) -> np.ndarray:
@@ -263,39 +270,38 @@ def _saturated(item: pystac.Item, sensor: SensorSettings, names: Sequence[str], 
     return saturated(values, [sensor.saturated_at * scale + offset for scale, offset in scales])
 
 
-def _onto(
-    asset: pystac.Asset, sensor: SensorSettings, geobox: GeoBox, resampling: Resampling, mask: bool = True
-) -> np.ndarray:
-    """One band on the grid as float32, NaN where missing.
+def _onto(asset: pystac.Asset, geobox: GeoBox, resampling: Resampling, nodata: Sequence[float] | None) -> np.ndarray:
+    """One band on the grid as float32, NaN where missing: outside the file, where it has the value of its own tag, and
+    where it has one of ``nodata``. None: every value in the file is one.
 
     Pixels that coincide are copied, others are resampled. To a grid whose pixels are more than 1.4 of the file's they
     are averaged; of classes the commonest is taken.
     """
     href = asset.get_absolute_href() or asset.href
-    band = band_index(asset)
-    stated = band_metadata(asset, band).get("nodata", sensor.nodata) if mask else None
-    return read(href, functools.partial(_window, href, band, mask, stated, geobox, resampling))
+    return read(href, functools.partial(_window, href, band_index(asset), nodata, geobox, resampling))
 
 
 def _window(
-    href: str, band: int, mask: bool, stated: float | None, geobox: GeoBox, resampling: Resampling, source: Any
+    href: str, band: int, stated: Sequence[float] | None, geobox: GeoBox, resampling: Resampling, source: Any
 ) -> np.ndarray:
     if band > source.count:
         raise SceneError(f"scene file {href} has {source.count} bands, band {band} is wanted")
-    nodata = None
-    if mask:
-        nodata = source.nodata if stated is None else float(stated)
+    tag = source.nodata
+    tagged = set() if tag is None or math.isnan(tag) else {float(tag)}
+    nodata = set() if stated is None else tagged | {v for v in stated if not math.isnan(v)}
     window = _aligned(source, geobox)
     if window is not None:
         count_window(source, band, window, href)
         return _copy(source, band, window, nodata)
+    # GDAL leaves out what the file's tag says, and nothing else; nearest pixels are as they are.
+    by_tag = nodata == tagged
     coarse = _parallel(source, geobox)
-    if coarse is not None and (nodata is None or nodata == source.nodata):
+    if coarse is not None and (by_tag or (stated is None and resampling == Resampling.nearest)):
         # Same CRS, other pixel size: GDAL resamples while it reads, several times faster than a warp.
         count_window(source, band, coarse, href)
         out = source.read(band, window=coarse, out_shape=geobox.shape, resampling=resampling, out_dtype="float32")
-        if nodata is not None:
-            out[out == nodata] = np.nan
+        for value in nodata:
+            out[out == value] = np.nan
         return out
     touched = _touched(source, geobox)
     count_window(source, band, touched, href)
@@ -303,17 +309,31 @@ def _window(
         # Coarser than the file: the mean of the pixels below (the commonest of classes); bilinear would sample them.
         resampling = Resampling.mode if resampling == Resampling.nearest else Resampling.average
     out = np.full(geobox.shape, np.nan, dtype=np.float32)
-    rasterio.warp.reproject(
-        rasterio.band(source, band),
-        out,
-        src_nodata=nodata,
-        dst_transform=geobox.affine,
-        dst_crs=str(geobox.crs),
-        dst_nodata=np.nan,
-        init_dest_nodata=True,
-        resampling=resampling,
-    )
+    onto = {
+        "dst_transform": geobox.affine, "dst_crs": str(geobox.crs), "dst_nodata": np.nan, "init_dest_nodata": True,
+        "resampling": resampling,
+    }  # fmt: skip
+    if by_tag:
+        rasterio.warp.reproject(rasterio.band(source, band), out, src_nodata=tag, **onto)
+        return out
+    part = _inside(touched, source)
+    if part is not None:
+        values = _copy(source, band, part, nodata)
+        place = rasterio.windows.transform(part, source.transform)
+        rasterio.warp.reproject(values, out, src_transform=place, src_crs=source.crs, src_nodata=np.nan, **onto)
     return out
+
+
+#: Pixels of a file read around a grid that is warped from memory: cubic weights reach two, of coarser pixels three.
+_RIM = 4
+
+
+def _inside(window: rasterio.windows.Window, source: Any) -> rasterio.windows.Window | None:
+    """The whole pixels of a file under a window and a rim, None where there are none."""
+    left, top = (max(math.floor(v) - _RIM, 0) for v in (window.col_off, window.row_off))
+    right = min(math.ceil(window.col_off + window.width) + _RIM, source.width)
+    bottom = min(math.ceil(window.row_off + window.height) + _RIM, source.height)
+    return rasterio.windows.Window(left, top, right - left, bottom - top) if right > left and bottom > top else None
 
 
 def _touched(source: Any, geobox: GeoBox) -> rasterio.windows.Window:
@@ -361,7 +381,7 @@ def _same_crs(source: Any, geobox: GeoBox) -> bool:
     return code is not None and source.crs.to_epsg() == code
 
 
-def _copy(source: Any, band: int, window: rasterio.windows.Window, nodata: float | None) -> np.ndarray:
+def _copy(source: Any, band: int, window: rasterio.windows.Window, nodata: Collection[float]) -> np.ndarray:
     """A window of whole pixels, which may reach beyond the file, as float32 with NaN where there is nothing."""
     out = np.full((window.height, window.width), np.nan, dtype=np.float32)
     top, left = max(window.row_off, 0), max(window.col_off, 0)
@@ -372,6 +392,6 @@ def _copy(source: Any, band: int, window: rasterio.windows.Window, nodata: float
     values = source.read(band, window=rasterio.windows.Window(left, top, right - left, bottom - top))
     inside = out[top - window.row_off : bottom - window.row_off, left - window.col_off : right - window.col_off]
     inside[:] = values
-    if nodata is not None:
-        inside[values == nodata] = np.nan
+    for value in nodata:
+        inside[values == value] = np.nan
     return out

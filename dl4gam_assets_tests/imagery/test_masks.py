@@ -43,9 +43,11 @@ def _settings(**sensor: Any) -> ImagerySettings:
     )
 
 
-def _layer(item: pystac.Item, name: str, values: np.ndarray, folder: Path, pixel: int = 20) -> None:
+def _layer(
+    item: pystac.Item, name: str, values: np.ndarray, folder: Path, pixel: int = 20, nodata: float | None = None
+) -> None:
     path = folder / f"{name}.tif"
-    write_tif(path, values, pixel, nodata=None)
+    write_tif(path, values, pixel, nodata=nodata)
     item.add_asset(name, pystac.Asset(str(path)))
 
 
@@ -121,6 +123,75 @@ def test_one_mask_that_is_not_overruled_keeps_a_pixel_cloudy(make_item: ItemMake
     cloud, overruled = image["cloud"].to_numpy(), image["overruled"].to_numpy()
     assert not (cloud & overruled).any() and (cloud | overruled).all()
     np.testing.assert_allclose(_strips(cloud, 2), [0, 1], atol=0.03)
+
+
+# --------------------------------------------------------------------------------------------- values that are missing
+GRIDS = {
+    "copied": (20.0, 0.0, 50, CRS),
+    "same CRS": (10.0, 0.0, 100, CRS),
+    "half pixels": (10.0, 13.0, 90, CRS),
+    "coarser": (60.0, 20.0, 14, CRS),
+    "another CRS": (10.0, 100.0, 70, "EPSG:25832"),
+}
+
+
+@pytest.mark.parametrize("tag", [None, 0])
+@pytest.mark.parametrize("kind", GRIDS)
+def test_a_probability_of_0_is_no_cloud_whatever_the_tag(
+    make_item: ItemMaker, tmp_path: Path, kind: str, tag: float | None
+) -> None:
+    """A few cloudy pixels among zeros stay as few: without zeros around them they would fill their ground alone."""
+    pixel, shift, n, crs = GRIDS[kind]
+    grid = GeoBox((n, n), Affine(pixel, 0, WEST + shift, 0, -pixel, NORTH - shift), crs)
+    percent = np.zeros((SIZE // 2, SIZE // 2), np.uint8)
+    percent[::7, ::7] = 39  # below the threshold, with zeros around
+    percent[20:23, 20:23] = 100
+    item = make_item("a", "2020-08-20")
+    _layer(item, "cld", percent, tmp_path / "a", nodata=tag)
+    image = read_image([item], _settings(cloud_probability="cld"), grid, ["green"])
+    assert not image["missing"].any()
+    area = float(image["cloud"].sum()) * pixel**2
+    assert 0.5 * 60**2 <= area <= 1.5 * 60**2
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("mask", ["scl", "qa", "cld"])
+def test_pixels_beyond_a_mask_are_missing_and_a_second_item_fills_them(
+    make_item: ItemMaker, tmp_path: Path, mask: str, threads: int
+) -> None:
+    settings = {"scl": "scene_classification", "qa": "qa_pixel", "cld": "cloud_probability"}
+    clean = {"scl": 5, "qa": 64, "cld": 3}[mask]
+    half = np.full((SIZE // 2, SIZE // 4), clean, np.uint16)
+    policy = ReadPolicy(concurrent=threads)
+    first, second = make_item("a", "2020-08-20", green=0.2), make_item("b", "2020-08-20", tile="T2", green=0.4)
+    _layer(first, mask, half, tmp_path / "a")
+    _layer(second, mask, np.hstack([half, half]), tmp_path / "b")
+    imagery = _settings(**{settings[mask]: mask})
+    image = read_image([first], imagery, _grid(), policy=policy)
+    assert _strips(image["missing"].to_numpy(), 2) == [0, 1] and not image["cloud"].any()
+    assert np.isnan(image["reflectance"].to_numpy()[:, :, SIZE // 2 :]).all()
+    everywhere = np.ones((SIZE, SIZE), bool)
+    scores = score_image(image, region=everywhere, near=everywhere, glaciers=~everywhere, settings=SelectionSettings())
+    assert scores["coverage"] == scores["cloud_share"] == 0.5 and scores["albedo_pixels"] == SIZE**2 // 2
+    both = read_image([first, second], imagery, _grid(), policy=policy)
+    assert not both["missing"].any() and both.attrs["scene_ids"] == "a+b"
+    assert both["reflectance"].sel(band="green").mean().item() == pytest.approx(0.3, abs=1e-4)
+
+
+@pytest.mark.parametrize("tag", [None, 0])
+def test_a_classification_of_0_is_missing(make_item: ItemMaker, tmp_path: Path, tag: float | None) -> None:
+    item = make_item("a", "2020-08-20")
+    _layer(item, "scl", _strips_of(0, 4, 0, 9, 255), tmp_path / "a", nodata=tag)
+    image = read_image([item], _settings(scene_classification="scl"), _grid())
+    assert _strips(image["missing"].to_numpy(), 5) == [1, 0, 1, 0, 1]
+    assert _strips(image["cloud"].to_numpy(), 5) == [0, 0, 0, 1, 0]
+
+
+def test_an_item_whose_masks_say_nothing_gives_no_pixel(make_item: ItemMaker, tmp_path: Path) -> None:
+    item = make_item("a", "2020-08-20")
+    _layer(item, "scl", _strips_of(0, 0), tmp_path / "a")
+    image = read_image([item], _settings(scene_classification="scl"), _grid())
+    assert image["missing"].all() and image.attrs["scene_ids"] == ""
 
 
 # --------------------------------------------------------------------------------------------- Landsat

@@ -212,7 +212,7 @@ def test_each_band_of_a_file_has_its_own_scale(make_item: ItemMaker, tmp_path: P
     np.testing.assert_allclose(read_image([item], IMAGERY, _grid(), ["swir16"])["reflectance"], 0.3, atol=1e-6)
 
 
-def test_nodata_comes_from_metadata_then_settings_then_the_file(make_item: ItemMaker) -> None:
+def test_nodata_is_what_the_file_the_item_or_the_settings_call_so(make_item: ItemMaker) -> None:
     item = make_item("a", "2020-08-10", green=np.where(np.arange(SIZE)[:, None] < 50, 0.0, 0.3))
 
     def missing(stated: float | None, setting: float | None) -> float:
@@ -224,7 +224,22 @@ def test_nodata_comes_from_metadata_then_settings_then_the_file(make_item: ItemM
         return float(read_image([item], imagery, _grid(0, 0, SIZE), ["green"])["missing"].mean())
 
     assert missing(None, None) == 0.5  # the file says 0
-    assert missing(None, 3000) == 0.5  # 0.3 is missing now, and 0 is a value
-    assert missing(0, 3000) == 0.5
-    assert missing(None, 77) == 0.0
-    assert missing(77, 0) == 0.0
+    assert missing(None, 77) == missing(77, None) == missing(77, 0) == 0.5  # whatever else is said too
+    assert missing(None, 3000) == missing(3000, None) == missing(0, 3000) == 1.0  # 0.3 is missing too
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [_grid(), _grid(210, 230), _grid(203, 207), _grid(200, 200, 10, 60.0)],
+    ids=["copied", "20 m", "warped", "mean"],
+)
+def test_a_stated_value_beside_the_tag_spoils_no_pixel_around_it(make_item: ItemMaker, grid: GeoBox) -> None:
+    """A hole of a second value is missing, and not a number that interpolation spreads."""
+    values = np.full((SIZE, SIZE), 0.3)
+    values[40:50, 40:50] = 6.5535  # DN 65535
+    item = make_item("a", "2020-08-10", green=values, swir16=values[::2, ::2])
+    imagery = ImagerySettings(catalog=StacFolder(path="x"), sensor=SensorSettings(nodata=65535))
+    image = read_image([item], imagery, grid, BANDS)
+    seen = image["reflectance"].to_numpy()[:, ~image["missing"].to_numpy()]
+    assert 0 < image["missing"].mean() < 0.2 and seen.size
+    np.testing.assert_allclose(seen, 0.3, atol=1e-6)
