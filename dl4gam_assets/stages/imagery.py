@@ -102,6 +102,8 @@ def catalog_fingerprint(ws: Workspace, year: int) -> str:
         season_end = dt.date.fromisoformat(f"{year}-{ws.region.imagery.window[1]}") + dt.timedelta(days=30)
         open_season = dt.date.today() <= season_end
         identity = f"{catalog.url} {catalog.collections} {catalog.query}"
+        if catalog.href_prefixes:  # stored items have the addresses that these made
+            identity += f" {catalog.href_prefixes}"
         return f"{identity} {dt.date.today()}" if open_season else identity
     if isinstance(catalog, StacGeoparquet):
         pattern = str(ws.data_root / catalog.path)

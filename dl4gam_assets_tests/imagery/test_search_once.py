@@ -108,6 +108,25 @@ def test_only_an_open_season_has_a_date_in_its_identity(ws: Workspace) -> None:
     assert str(today) in catalog_fingerprint(ws, today.year + 1)
 
 
+def test_other_prefixes_of_addresses_reach_the_stored_items(api: Api, tmp_path: Path, make_item: ItemMaker) -> None:  # noqa: F811
+    item = make_item("a", "2020-08-10")
+    for name, asset in item.assets.items():
+        asset.href = f"https://old.example/{name}.tif"
+    api.items = [item]
+    glaciers, catalog = _glaciers(_glacier(WEST)), {"kind": "stac-api", "url": api.url, "collections": ["s2"]}
+
+    def addresses(prefixes: dict[str, str]) -> tuple[int, set[str]]:
+        here = _workspace(catalog | {"href_prefixes": prefixes}, tmp_path)
+        said = search_items(here, YEAR, glaciers, catalog_fingerprint(here, YEAR))
+        (found,) = catalog_of(here.site, YEAR).get(["a"])
+        return said["searched_now"], {a.href.rsplit("/", 1)[0] for a in found.assets.values()}
+
+    assert addresses({}) == (1, {"https://old.example"})
+    assert addresses({}) == (0, {"https://old.example"})
+    assert addresses({"https://old.example/": "s3://mirror/"}) == (1, {"s3://mirror"})
+    assert addresses({"https://old.example/": "s3://mirror/"})[0] == 0
+
+
 def test_an_item_of_two_searches_is_there_once_and_as_it_is_newest(make_item: ItemMaker, tmp_path: Path) -> None:
     old, new = make_item("a", "2020-08-10", baseline="02.14"), make_item("a", "2020-08-10", baseline="05.00")
     paths = [tmp_path / "1.jsonl", tmp_path / "2.jsonl"]
