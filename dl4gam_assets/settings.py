@@ -65,7 +65,7 @@ class InventoryColumns(_Strict):
     country: str | None = Field("country", description="Country code for the totals; `default_country` where absent.")
     date: str | None = Field(
         "date",
-        description="Acquisition date: ISO, or RGI's YYYYMMDD with 99 for unknown month or day, or a year.",
+        description="Acquisition date: ISO, or RGI's YYYYMMDD with 99 for unknown month or day, or a year (and month).",
     )
     area_km2: str | None = Field(None, description="Area as the inventory states it, kept beside the area we compute.")
 
@@ -270,7 +270,11 @@ class BaselineDates(_Strict):
     """How the baseline year's images are found."""
 
     mode: Literal["inventory_date", "window"] = "inventory_date"
-    tolerance_days: int = Field(15, ge=0, description="Days around the inventory's own date that are searched.")
+    tolerance_days: int = Field(
+        15,
+        ge=0,
+        description="Days around the inventory's own date (or month) that are searched; of a year without month its window.",
+    )
     start: dt.date | None = Field(None, description="mode window: first day (may span several years).")
     end: dt.date | None = None
 

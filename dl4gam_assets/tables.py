@@ -227,6 +227,7 @@ _TABLES = [
         _c("name", "string", "Name"),
         _c("country", "string", "Country code"),
         _c("inventory_date", "timestamp", "Acquisition date of the outline"),
+        _c("inventory_date_precision", "string", "How much of that date the inventory states: day, month (its 15th stands for it) or year (15 August)"),
         _c("inventory_area_km2", "float64", "Area of the outline, computed in its UTM zone", nullable=False, minimum=0),
         _c("stated_area_km2", "float64", "Area as the inventory's own column states it", minimum=0),
         _c("lon", "float64", "Longitude of a point inside the outline, degrees", nullable=False),

@@ -6,6 +6,7 @@ Does not belong here: the choice (``ranking``).
 
 from __future__ import annotations
 
+import calendar
 import datetime as dt
 import json
 from collections.abc import Mapping
@@ -31,23 +32,40 @@ if TYPE_CHECKING:
 
 
 def search_periods(
-    year: int, inventory_date: dt.date | None, imagery: ImagerySettings, baseline_year: int
+    year: int,
+    inventory_date: dt.date | None,
+    imagery: ImagerySettings,
+    baseline_year: int,
+    precision: str = "day",
 ) -> list[tuple[dt.date, dt.date]]:
     """First and last days (both included, by solar day) in which images of a year are searched.
 
-    A year has its window. The baseline year follows the inventory: days around the glacier's own acquisition date
-    (mode ``inventory_date``; the year's window where the glacier has no date), or a fixed window.
+    A year has its window. The baseline year follows the inventory (mode ``inventory_date``), or has a fixed window. It
+    follows the inventory by days around the glacier's own acquisition date; where only a month is stated, around that
+    month, and where only a year is, by that year's window (so in the season of either hemisphere). A glacier without a
+    date has the window of the baseline year.
+
+    Parameters
+    ----------
+    precision : how much of ``inventory_date`` the inventory states: ``day``, ``month`` or ``year``
     """
-    start, end = (dt.date.fromisoformat(f"{year}-{day}") for day in imagery.window)
+    settings, known = imagery.baseline, inventory_date
     if year != baseline_year:
-        return [(start, end)]
-    settings = imagery.baseline
+        return [_season(year, imagery)]
     if settings.mode == "window" and settings.start and settings.end:
         return [(settings.start, settings.end)]
-    if inventory_date is None:
-        return [(start, end)]
+    if known is None or precision == "year":
+        return [_season(year if known is None else known.year, imagery)]
+    first = last = known
+    if precision == "month":
+        first, last = (known.replace(day=day) for day in (1, calendar.monthrange(known.year, known.month)[1]))
     span = dt.timedelta(days=settings.tolerance_days)
-    return [(inventory_date - span, inventory_date + span)]
+    return [(first - span, last + span)]
+
+
+def _season(year: int, imagery: ImagerySettings) -> tuple[dt.date, dt.date]:
+    start, end = (dt.date.fromisoformat(f"{year}-{day}") for day in imagery.window)
+    return start, end
 
 
 def candidates_of_glacier(
@@ -142,7 +160,9 @@ def search_window(
     grid = glacier_grid(glacier["geometry"], int(glacier["utm_epsg"]), imagery.sensor.pixel_m, imagery.margin_m)
     date = glacier["inventory_date"]
     known = None if pd.isna(date) else pd.Timestamp(date).date()
-    return _degrees(grid), search_periods(year, known, imagery, region.years.baseline)
+    stated = glacier.get("inventory_date_precision")  # none in tables of before
+    precision = stated if isinstance(stated, str) else "day"
+    return _degrees(grid), search_periods(year, known, imagery, region.years.baseline, precision)
 
 
 def items_of_glacier(glacier: pd.Series, catalog: SceneCatalog, region: Region, year: int) -> dict[str, pystac.Item]:

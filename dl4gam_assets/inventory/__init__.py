@@ -13,6 +13,7 @@ from typing import Any
 
 _HOMES = {
     "read_inventory": "reading",
+    "dated": "reading",
     "read_date": "reading",
     "outline_mask": "reading",
     "utm_epsg_of": "reading",

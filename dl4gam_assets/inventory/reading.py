@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime as dt
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import geopandas as gpd
 import numpy as np
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 #: Day that stands for "some time in that year": the middle of the late-summer mapping season.
 UNKNOWN_DAY = (8, 15)
+
+#: How much of a date an inventory states.
+Precision = Literal["day", "month", "year"]
 
 #: Names longer than this are cut: tables and pages show them.
 NAME_LENGTH = 200
@@ -95,6 +98,7 @@ def read_inventory(path: Path, settings: InventorySettings) -> tuple[gpd.GeoData
             shapes.append(usable)
     out = frame.iloc[keep]
     shapes_4326 = gpd.GeoSeries(shapes, crs="EPSG:4326")
+    dates = _dates(out, settings)
     points = shapes_4326.representative_point()
     epsg = np.array([utm_epsg_of(p.x, p.y) for p in points], dtype=int)
     area = _areas_km2(shapes_4326, epsg)
@@ -104,7 +108,8 @@ def read_inventory(path: Path, settings: InventorySettings) -> tuple[gpd.GeoData
             "glacier_int": np.arange(1, len(keep) + 1),
             "name": [str(n)[:NAME_LENGTH] for n in _column(out, columns.name, "")],
             "country": _column(out, columns.country, settings.default_country),
-            "inventory_date": _dates(out, settings),
+            "inventory_date": [None if d is None else d[0] for d in dates],
+            "inventory_date_precision": [None if d is None else d[1] for d in dates],
             "inventory_area_km2": area,
             "stated_area_km2": pd.to_numeric(
                 pd.Series(_column(out, columns.area_km2, None)), errors="coerce"
@@ -233,45 +238,54 @@ def _column(frame: pd.DataFrame, name: str | None, default: Any) -> list[Any]:
     return [default if v is None or (not isinstance(v, str) and pd.isna(v)) else v for v in frame[name]]
 
 
-def _dates(frame: pd.DataFrame, settings: InventorySettings) -> list[dt.datetime | None]:
+def _dates(frame: pd.DataFrame, settings: InventorySettings) -> list[tuple[dt.datetime, Precision] | None]:
     default = settings.default_date
-    fallback = None if default is None else dt.datetime.combine(default, dt.time())
-    return [read_date(v) or fallback for v in _column(frame, settings.columns.date, None)]
+    fallback: tuple[dt.datetime, Precision] | None = None
+    if default is not None:
+        fallback = dt.datetime.combine(default, dt.time()), "day"
+    return [dated(v) or fallback for v in _column(frame, settings.columns.date, None)]
 
 
 def read_date(value: Any) -> dt.datetime | None:
     """Acquisition date as inventories write it; None where it is unknown.
 
-    Reads dates and times, ISO text, a year (2016, "2016.0"), and RGI's YYYYMMDD with 99 for an unknown month or day
-    and -9999999 for none. An unknown month becomes 15 August, an unknown day the 15th of its month. What lies outside
-    1800 to 2199 is no date of an image or a map, and so unknown.
+    Reads dates and times, ISO text, a year (2016, "2016.0"), a year and a month (2016-08), and RGI's YYYYMMDD with 99
+    for an unknown month or day and -9999999 for none. An unknown month becomes 15 August, an unknown day the 15th of its
+    month: :func:`dated` says which it was. What lies outside 1800 to 2199 is no date of an image or a map, and so
+    unknown.
     """
+    found = dated(value)
+    return None if found is None else found[0]
+
+
+def dated(value: Any) -> tuple[dt.datetime, Precision] | None:
+    """The date of :func:`read_date`, and how much of it is stated: ``day``, ``month`` or ``year``."""
     found = _read_date(value)
-    return found if found is not None and 1800 <= found.year < 2200 else None
+    return found if found is not None and 1800 <= found[0].year < 2200 else None
 
 
-def _read_date(value: Any) -> dt.datetime | None:
+def _read_date(value: Any) -> tuple[dt.datetime, Precision] | None:
     if value is None or (not isinstance(value, str) and pd.isna(value)):
         return None
     if isinstance(value, dt.datetime):
-        return value.replace(tzinfo=None)
+        return value.replace(tzinfo=None), "day"
     if isinstance(value, dt.date):
-        return dt.datetime.combine(value, dt.time())
+        return dt.datetime.combine(value, dt.time()), "day"
     text = str(value).strip()
     if re.fullmatch(r"\d+\.0+", text):
         text = text.split(".")[0]
     if text.startswith("-") or not text:
         return None
-    compact = re.fullmatch(r"(\d{4})[-/]?(\d\d)[-/]?(\d\d)", text)
+    parts = re.fullmatch(r"(\d{4})[-/]?(\d\d)[-/]?(\d\d)", text) or re.fullmatch(r"(\d{4})[-/](\d\d)()", text)
     try:
         if re.fullmatch(r"\d{4}", text):
-            return dt.datetime(int(text), *UNKNOWN_DAY)
-        if compact:
-            year, month, day = (int(p) for p in compact.groups())
+            return dt.datetime(int(text), *UNKNOWN_DAY), "year"
+        if parts:
+            year, month, day = (int(p or 0) for p in parts.groups())
             if month in (0, 99):
-                return dt.datetime(year, *UNKNOWN_DAY)
-            return dt.datetime(year, month, 15 if day in (0, 99) else day)
-        return dt.datetime.fromisoformat(text.replace("/", "-")).replace(tzinfo=None)
+                return dt.datetime(year, *UNKNOWN_DAY), "year"
+            return (dt.datetime(year, month, 15), "month") if day in (0, 99) else (dt.datetime(year, month, day), "day")
+        return dt.datetime.fromisoformat(text.replace("/", "-")).replace(tzinfo=None), "day"
     except ValueError:
         return None
 

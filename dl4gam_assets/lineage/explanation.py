@@ -7,6 +7,7 @@ Does not belong here: Dagster, and any computation of estimates.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -41,7 +42,7 @@ class Explanation(BaseModel):
         out: list[tuple[int, str]] = [
             (0, f"{g['glacier_id']}{name}, {e['year']}: {e['area_km2']:.4f} km2, "
                 f"interval {e['lower_km2']:.4f} to {e['upper_km2']:.4f} km2 (std {e['std_km2']:.4f})"),
-            (1, f"inventory outline: {g['inventory_area_km2']:.4f} km2 of {_day(g['inventory_date'])}; "
+            (1, f"inventory outline: {g['inventory_area_km2']:.4f} km2 of {_stated(g)}; "
                 f"recall {_number(e['recall'])}, false positives 20 to 50 m out {_number(e['false_positive_rate'])}"),
         ]  # fmt: skip
         if self.change:
@@ -206,6 +207,13 @@ def _quality_lines(rows: list[dict[str, Any]]) -> list[str]:
 
 def _day(value: Any) -> str:
     return "an unknown date" if value is None else f"{value:%Y-%m-%d}"
+
+
+def _stated(glacier: Mapping[str, Any]) -> str:
+    """The inventory's date as far as the inventory states it."""
+    digits = {"year": 4, "month": 7}.get(str(glacier.get("inventory_date_precision")), 10)
+    day = _day(glacier["inventory_date"])
+    return day if glacier["inventory_date"] is None else day[:digits]
 
 
 def _number(value: Any, form: str = ".3f") -> str:

@@ -18,6 +18,7 @@ from shapely.geometry import box
 from dl4gam_assets.imagery import (
     candidates_of_glacier,
     items_from_row,
+    items_of_glacier,
     open_catalog,
     rank_candidates,
     read_overrides,
@@ -25,8 +26,8 @@ from dl4gam_assets.imagery import (
     search_periods,
     select_scenes,
 )
-from dl4gam_assets.inventory import glacier_zones
-from dl4gam_assets.settings import SelectionSettings, SettingsError, load_region
+from dl4gam_assets.inventory import dated, glacier_zones, read_inventory
+from dl4gam_assets.settings import InventoryColumns, InventorySettings, SelectionSettings, SettingsError, load_region
 from dl4gam_assets.tables import TABLES
 from dl4gam_assets_tests.imagery.conftest import CRS, IMAGERY, NORTH, SIZE, WEST, ItemMaker, save_catalog
 
@@ -261,6 +262,41 @@ def test_periods_follow_the_inventory_only_in_the_baseline_year() -> None:
     assert search_periods(2020, known, IMAGERY, 2015) == [(dt.date(2020, 8, 1), dt.date(2020, 10, 15))]
     assert search_periods(2015, known, IMAGERY, 2015) == [(dt.date(2015, 8, 14), dt.date(2015, 9, 13))]
     assert search_periods(2015, None, IMAGERY, 2015) == [(dt.date(2015, 8, 1), dt.date(2015, 10, 15))]
+
+
+@pytest.mark.parametrize(
+    ("value", "window", "expected"),
+    [
+        ("20160820", ("08-01", "10-15"), ("2016-08-05", "2016-09-04")),
+        ("20160299", ("08-01", "10-15"), ("2016-01-17", "2016-03-15")),  # the month, whichever it is
+        ("2016", ("08-01", "10-15"), ("2016-08-01", "2016-10-15")),
+        (20169999, ("08-01", "10-15"), ("2016-08-01", "2016-10-15")),
+        (20169999, ("01-15", "03-31"), ("2016-01-15", "2016-03-31")),  # the southern season
+        (None, ("01-15", "03-31"), ("2015-01-15", "2015-03-31")),
+    ],
+)
+def test_periods_are_as_wide_as_the_inventorys_date_is_vague(
+    value: Any, window: tuple[str, str], expected: tuple[str, str]
+) -> None:
+    imagery = IMAGERY.model_copy(update={"window": window})
+    known = dated(value)
+    day, precision = (None, "day") if known is None else (known[0].date(), known[1])
+    periods = search_periods(2015, day, imagery, 2015, precision)
+    assert periods == [tuple(map(dt.date.fromisoformat, expected))]
+    assert search_periods(2020, day, imagery, 2015, precision) == [
+        tuple(dt.date.fromisoformat(f"2020-{d}") for d in window)
+    ]
+
+
+def test_a_glacier_with_a_year_alone_is_searched_in_that_season(make_item: ItemMaker, tmp_path: Path) -> None:
+    save_catalog([make_item("early", "2016-02-10"), make_item("late", "2016-08-15")], tmp_path)
+    region = load_region("demo", {"imagery.margin_m": 100, "imagery.window": ["01-15", "03-31"]})
+    shape = gpd.GeoSeries([box(WEST + 400, NORTH - 600, WEST + 600, NORTH - 400)], crs=CRS).to_crs(4326)
+    shape.to_frame("geometry").assign(id="g", date="20169999").to_file(tmp_path / "outlines.gpkg")
+    settings = InventorySettings(path="unused", columns=InventoryColumns(glacier_id="id", date="date"))
+    glaciers, _ = read_inventory(tmp_path / "outlines.gpkg", settings)
+    catalog = open_catalog(region.imagery.catalog, tmp_path, region.imagery.sensor)
+    assert list(items_of_glacier(glaciers.iloc[0], catalog, region, region.years.baseline)) == ["early"]
 
 
 def test_candidates_of_a_glacier_from_catalog_to_choice(make_item: ItemMaker, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from odc.geo.geobox import GeoBox
 from pyproj import Geod
 from shapely import Polygon, box
 
-from dl4gam_assets.inventory import outline_mask, read_date, read_inventory, utm_epsg_of
+from dl4gam_assets.inventory import dated, outline_mask, read_date, read_inventory, utm_epsg_of
 from dl4gam_assets.settings import InventoryColumns, InventorySettings, SettingsError
 
 SETTINGS = InventorySettings(path="unused", columns=InventoryColumns(glacier_id="id", date="date", area_km2="area"))
@@ -33,6 +33,7 @@ def written(folder: Path, rows: list[dict[str, Any]], crs: Any = "EPSG:4326") ->
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
+        ("2003-09", (2003, 9, 15)),
         ("20030899", (2003, 8, 15)),
         (20039999.0, (2003, 8, 15)),
         ("20030813", (2003, 8, 13)),
@@ -57,6 +58,35 @@ def written(folder: Path, rows: list[dict[str, Any]], crs: Any = "EPSG:4326") ->
 def test_dates_are_read_as_inventories_write_them(value: Any, expected: tuple[int, int, int] | None) -> None:
     found = read_date(value)
     assert (None if found is None else (found.year, found.month, found.day)) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (2016, "year"),
+        ("2016.0", "year"),
+        (20169999, "year"),
+        ("2016-99-99", "year"),
+        ("20160899", "month"),
+        ("2016/08/00", "month"),
+        ("2016-08", "month"),
+        ("20160815", "day"),
+        ("2016-08-15T10:30:00", "day"),
+        (pd.Timestamp("2016-08-15"), "day"),
+    ],
+)
+def test_how_much_of_a_date_is_stated(value: Any, expected: str) -> None:
+    assert dated(value) == (read_date(value), expected)
+    assert read_date(value) is not None
+
+
+def test_the_table_says_how_much_of_a_date_is_stated(tmp_path: Path) -> None:
+    dates = ["2016", "20160899", "20160820", None]
+    rows = [{"id": str(i), "date": d, "area": 1.0, "geometry": square(8 + i / 10, 46)} for i, d in enumerate(dates)]
+    glaciers, _ = read_inventory(written(tmp_path, rows), SETTINGS)
+    assert glaciers["inventory_date_precision"].fillna("").tolist() == ["year", "month", "day", ""]
+    settings = SETTINGS.model_copy(update={"default_date": dt.date(2005, 11, 1)})
+    assert read_inventory(written(tmp_path, rows), settings)[0]["inventory_date_precision"].iloc[3] == "day"
 
 
 @pytest.mark.parametrize(
