@@ -273,7 +273,7 @@ class BaselineDates(_Strict):
     tolerance_days: int = Field(
         15,
         ge=0,
-        description="Days around the inventory's own date (or month) that are searched; of a year without month its window.",
+        description="Days around the inventory's own date (or month) that are searched; of a year alone its window.",
     )
     start: dt.date | None = Field(None, description="mode window: first day (may span several years).")
     end: dt.date | None = None

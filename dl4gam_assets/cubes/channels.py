@@ -12,6 +12,7 @@ import numpy as np
 import xarray as xr
 
 from dl4gam_assets.cubes.masks import cube_mask
+from dl4gam_assets.imagery.indices import normalized_difference
 from dl4gam_assets.settings import PUBLISHED_CHANNELS
 
 #: Channel -> layer, where missing values are 0.
@@ -22,9 +23,9 @@ _PAIRS = {"ndvi": ("nir", "red"), "ndwi": ("green", "nir"), "ndsi": ("green", "s
 def channel_stack(cube: xr.Dataset, channels: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Raw channels of a cube and where its image is usable.
 
-    Bands are reflectance; NDVI, NDWI and NDSI are normalized differences, where a denominator of zero counts as 1 (so
-    that black is 0, as in the published code); slope is divided by 90; aspect enters as sine and cosine; missing dh/dt
-    and velocity are 0 (Diaconu et al. 2025, section 3).
+    Bands are reflectance; NDVI, NDWI and NDSI are normalized differences, where reflectance below zero counts as 0 and
+    a denominator of zero as 1 (so that black is 0, as in the published code); slope is divided by 90; aspect enters as
+    sine and cosine; missing dh/dt and velocity are 0 (Diaconu et al. 2025, section 3).
 
     Parameters
     ----------
@@ -80,10 +81,7 @@ def _channel(cube: xr.Dataset, bands: dict[str, np.ndarray], name: str) -> np.nd
         return bands[name]
     if name in _PAIRS:
         first, second = (_need(bands, b, name) for b in _PAIRS[name])
-        total = first + second
-        with np.errstate(divide="ignore", invalid="ignore"):
-            index = (first - second) / np.where(total == 0, np.float32(1.0), total)
-        return np.clip(index, -1.0, 1.0)
+        return normalized_difference(first, second)
     if name in {"sin_aspect", "cos_aspect"}:
         radians = np.deg2rad(_layer(cube, "aspect", name))
         return np.sin(radians) if name == "sin_aspect" else np.cos(radians)

@@ -20,6 +20,7 @@ import numpy as np
 import pystac
 
 from dl4gam_assets.imagery.catalogs import asset_of
+from dl4gam_assets.imagery.indices import normalized_difference
 from dl4gam_assets.settings import OmniCloudMaskSettings, SensorSettings
 
 #: Classes and bits of cloud proper. Only these give way to snow and ice: a shadow on snow has the same NDSI as snow.
@@ -136,9 +137,8 @@ def looks_like_snow(green: np.ndarray, swir: np.ndarray, ndsi_min: float, swir_m
     ----------
     green, swir : reflectance (H, W)
     """
-    with np.errstate(invalid="ignore", divide="ignore"):
-        ndsi = (green - swir) / (green + swir)
-        out: np.ndarray = (ndsi >= ndsi_min) & (swir <= swir_max) & (green > 0)
+    with np.errstate(invalid="ignore"):
+        out: np.ndarray = (normalized_difference(green, swir) >= ndsi_min) & (swir <= swir_max) & (green > 0)
     return out
 
 

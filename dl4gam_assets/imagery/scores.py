@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from dl4gam_assets.imagery.indices import normalized_difference
 from dl4gam_assets.settings import SelectionSettings
 
 #: Broadband albedo of Sentinel-2 from blue, green and red (Wang et al. 2016, as used by Diaconu et al. 2025).
@@ -25,7 +26,8 @@ def score_image(
 
     - ``coverage``: share of ``region`` that has pixels.
     - ``cloud_share``: cloudy **or missing** share of ``near``; shadow counts as cloud where it is looked for (below).
-    - ``ndsi``: mean (green - SWIR) / (green + SWIR) over clean pixels of ``near`` that are no glacier: seasonal snow.
+    - ``ndsi``: mean (green - SWIR) / (green + SWIR) over clean pixels of ``near`` that are no glacier: seasonal snow. A
+      black pixel has 0 (:func:`~dl4gam_assets.imagery.indices.normalized_difference`).
     - ``albedo``: mean broadband albedo over clean pixels of ``near``.
     - ``snow_overruled_share``, ``shadow_share``, ``saturated_share``: share of ``near`` where snow overruled a cloud
       mask, that counts as cloud because it is dark, that is saturated in a band; None where that is not looked for.
@@ -72,9 +74,7 @@ def score_image(
         out["ndsi_pixels"] = int(surroundings.sum())
         if out["ndsi_pixels"] >= settings.min_clean_pixels:
             green, swir = values["green"][surroundings], values["swir16"][surroundings]
-            total = green + swir
-            index = np.where(np.abs(total) < 1e-6, 1.0, (green - swir) / np.where(np.abs(total) < 1e-6, 1.0, total))
-            out["ndsi"] = float(np.clip(index, -1, 1).mean(dtype=np.float64))
+            out["ndsi"] = float(normalized_difference(green, swir).mean(dtype=np.float64))
     physical = set(values) >= set(ALBEDO)
     if out["albedo_pixels"] >= settings.min_clean_pixels:
         if physical:

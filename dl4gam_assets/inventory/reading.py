@@ -250,8 +250,8 @@ def read_date(value: Any) -> dt.datetime | None:
     """Acquisition date as inventories write it; None where it is unknown.
 
     Reads dates and times, ISO text, a year (2016, "2016.0"), a year and a month (2016-08), and RGI's YYYYMMDD with 99
-    for an unknown month or day and -9999999 for none. An unknown month becomes 15 August, an unknown day the 15th of its
-    month: :func:`dated` says which it was. What lies outside 1800 to 2199 is no date of an image or a map, and so
+    for an unknown month or day and -9999999 for none. An unknown month becomes 15 August, an unknown day the 15th of
+    its month: :func:`dated` says which it was. What lies outside 1800 to 2199 is no date of an image or a map, and so
     unknown.
     """
     found = dated(value)

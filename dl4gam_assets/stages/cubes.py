@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 #: Modules whose code shapes the image and dh/dt of a cube; that of its static layers is in their own fingerprint.
 _CODE = (
+    "dl4gam_assets.imagery.indices",
     "dl4gam_assets.imagery.masks",
     "dl4gam_assets.imagery.reading",
     "dl4gam_assets.imagery.scaling",

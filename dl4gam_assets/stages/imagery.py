@@ -46,6 +46,7 @@ SEARCH_VERSION = 1
 #: Modules whose code shapes scores. Of ``catalogs`` only the items count, which are in the keys themselves.
 _CODE = (
     "dl4gam_assets.imagery.candidates",
+    "dl4gam_assets.imagery.indices",
     "dl4gam_assets.imagery.masks",
     "dl4gam_assets.imagery.reading",
     "dl4gam_assets.imagery.scaling",

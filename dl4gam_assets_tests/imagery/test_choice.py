@@ -75,6 +75,15 @@ def test_each_score_has_its_own_geometry() -> None:
     assert scores["albedo"] == pytest.approx(albedo, abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("green", "swir", "expected"),
+    [(0.0, 0.0, 0.0), (-0.02, -0.01, 0.0), (0.02, -0.05, 1.0), (-0.05, 0.02, -1.0), (0.3, 0.1, 0.5)],
+)
+def test_black_ground_is_no_snow(green: float, swir: float, expected: float) -> None:
+    image = _image(green=np.full((20, 20), green), swir16=np.full((20, 20), swir))
+    assert score_image(image, settings=S, **_masks())["ndsi"] == pytest.approx(expected)
+
+
 def test_missing_pixels_count_as_cloud() -> None:
     image = _image(green=np.full((20, 20), 0.2), swir16=np.full((20, 20), 0.2))
     image["missing"].to_numpy()[:, :10] = True
