@@ -285,6 +285,20 @@ class BaselineDates(_Strict):
         return self
 
 
+class ScoreWeights(_Strict):
+    """What each score counts for in the ranking ``min_max``. Only their ratios matter."""
+
+    cloud: float = Field(1.0, ge=0, description="Of the cloud share.")
+    ndsi: float = Field(1.0, ge=0, description="Of the NDSI; where no candidate has one, albedo alone judges snow.")
+    albedo: float = Field(1.0, ge=0, description="Of the albedo.")
+
+    @model_validator(mode="after")
+    def _any(self) -> ScoreWeights:
+        if self.cloud + self.ndsi + self.albedo == 0:
+            raise ValueError("one of the weights has to be above 0")
+        return self
+
+
 class SelectionSettings(_Strict):
     """Thresholds and ranking of candidate scenes (METHOD section 2)."""
 
@@ -295,6 +309,9 @@ class SelectionSettings(_Strict):
     single_tile_coverage: float = Field(0.98, description="A tile covering this share is taken alone, not mosaicked.")
     min_clean_pixels: int = Field(30, ge=1)
     ranking: Literal["rank_positions", "min_max"] = "rank_positions"
+    weights: ScoreWeights = Field(
+        ScoreWeights(), description="Of the scores in min_max; equal, as published. rank_positions has none."
+    )
     shadow_nir_max: float | None = Field(
         None,
         gt=0,

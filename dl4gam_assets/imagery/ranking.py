@@ -53,7 +53,7 @@ def rank_candidates(frame: pd.DataFrame, settings: SelectionSettings) -> pd.Data
     ``rank_positions`` (Alps code): the positions in cloud share and in NDSI (both rounded to 2 decimals, equal values
     share a position) are averaged; ties go to the lower albedo.
     ``min_max`` (modular code): cloud share, NDSI and albedo are scaled to [0, 1] within the candidates, where equal all
-    are 0, and averaged with equal weights; ties go to the lower albedo.
+    are 0, and averaged with ``settings.weights`` (equal ones by default); ties go to the lower albedo.
     The order of the rows never matters.
 
     Where no candidate of a glacier has an NDSI (no SWIR band, or no ice-free ground to see), albedo stands for it, and
@@ -81,7 +81,9 @@ def rank_candidates(frame: pd.DataFrame, settings: SelectionSettings) -> pd.Data
         if settings.ranking == "rank_positions":
             score = _mean_of([_position(judged), _position(albedo if fallback else ndsi)])
         else:
-            score = _mean_of([_scaled(m) for m in ((judged, albedo) if fallback else (judged, ndsi, albedo))])
+            w = settings.weights
+            parts = [(judged, w.cloud), *([] if fallback else [(ndsi, w.ndsi)]), (albedo, w.albedo)]
+            score = _mean_of([_scaled(metric) for metric, _ in parts], [weight for _, weight in parts])
         first, second = (cloud, albedo) if fallback else (albedo, cloud)
         order = pd.DataFrame(
             {
@@ -115,8 +117,12 @@ def _scaled(metric: pd.Series) -> pd.Series:
     return scaled.fillna(1.0)
 
 
-def _mean_of(parts: list[pd.Series]) -> pd.Series:
-    return sum(parts[1:], parts[0]) / len(parts)
+def _mean_of(parts: list[pd.Series], weights: list[float] | None = None) -> pd.Series:
+    """Weighted mean; of equal weights where there are none, or all are 0."""
+    if weights is None or not any(weights):
+        weights = [1.0] * len(parts)
+    weighted = [part * weight for part, weight in zip(parts, weights, strict=True)]
+    return sum(weighted[1:], weighted[0]) / sum(weights)
 
 
 def select_scenes(frame: pd.DataFrame, year: int, overrides: pd.DataFrame | None = None) -> pd.DataFrame:

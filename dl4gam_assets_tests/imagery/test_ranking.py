@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dl4gam_assets.imagery import rank_candidates, select_scenes
-from dl4gam_assets.settings import SelectionSettings
+from dl4gam_assets.settings import ScoreWeights, SelectionSettings
 from dl4gam_assets.tables import TABLES
 
 _cloud = st.floats(0, 0.3)
@@ -52,15 +52,27 @@ def test_rank_positions_against_counting(rows: list[tuple[float, float, float]])
     assert ranked["rank"].tolist() == expected
 
 
-@settings(max_examples=80, deadline=None)
-@given(_rows)
-def test_min_max_against_its_definition(rows: list[tuple[float, float, float]]) -> None:
-    ranked = rank_candidates(_frame(rows), SelectionSettings(ranking="min_max"))
+def _weights(cloud: float, ndsi: float, albedo: float) -> ScoreWeights:
+    return ScoreWeights(cloud=cloud, ndsi=ndsi, albedo=albedo)
+
+
+_some_weights = st.tuples(*[st.sampled_from([0.0, 0.5, 1.0, 3.0])] * 3).filter(any)
+
+
+@settings(max_examples=120, deadline=None)
+@given(_rows, st.one_of(st.none(), _some_weights))
+@example([(0.0, 0.5, 0.5), (0.2, 0.4, 0.4), (0.1, 0.1, 0.9)], (4.0, 1.0, 1.0))
+def test_min_max_against_its_definition(
+    rows: list[tuple[float, float, float]], weights: tuple[float, float, float] | None
+) -> None:
+    ratios = weights or (1.0, 1.0, 1.0)  # equal ones are the default
+    limits = SelectionSettings(ranking="min_max", **({"weights": _weights(*weights)} if weights else {}))
+    ranked = rank_candidates(_frame(rows), limits)
     values = np.array(rows)
     span = np.ptp(values, axis=0)
     quality = np.ones_like(values)  # scaled, inverted: 1 is best
     quality[:, span > 0] = 1 - (values - values.min(axis=0))[:, span > 0] / span[span > 0]
-    highest = quality.mean(axis=1)
+    highest = np.average(quality, axis=1, weights=ratios)
     np.testing.assert_allclose(ranked["score"], 1 - highest, atol=1e-12)
     assert highest[int(np.argmin(ranked["rank"]))] == pytest.approx(highest.max(), abs=1e-12)
 
@@ -107,10 +119,13 @@ _coarse = st.sampled_from([0.0, 0.003, 0.01, 0.014, 0.1, 0.3])  # so that ties a
     st.booleans(),
     st.sampled_from(["rank_positions", "min_max"]),
     st.sampled_from([0.0, 0.02]),
+    _some_weights,
 )
-def test_a_dominated_candidate_never_wins(rows: Any, with_ndsi: bool, ranking: Any, tolerance: float) -> None:
+def test_a_dominated_candidate_never_wins(
+    rows: Any, with_ndsi: bool, ranking: Any, tolerance: float, weights: tuple[float, float, float]
+) -> None:
     scores = [(c, n if with_ndsi else None, a) for c, n, a in rows]
-    limits = SelectionSettings(ranking=ranking, fallback_cloud_tolerance=tolerance)
+    limits = SelectionSettings(ranking=ranking, fallback_cloud_tolerance=tolerance, weights=_weights(*weights))
     ranked = rank_candidates(_frame(scores), limits)
     values = [tuple(v for v in row if v is not None) for row in scores]
     for i, mine in enumerate(values):
@@ -190,3 +205,24 @@ def test_a_glacier_whose_files_are_all_broken_has_rows_with_reasons() -> None:
     assert not chosen["selected"].any() and chosen["rank"].isna().all()
     assert set(chosen["reason"]) == {"can not be read: scene file x.tif"}
     TABLES["scenes"].conform(chosen, {"year": 2020})
+
+
+def test_weights_change_who_wins() -> None:
+    frame = _frame([(0.0, 0.5, 0.5), (0.2, 0.2, 0.2)])  # the clearer one, the barer and darker one
+
+    def winner(**weights: float) -> int:
+        ranked = rank_candidates(frame, SelectionSettings(ranking="min_max", weights=ScoreWeights(**weights)))
+        return int(ranked.index[ranked["rank"] == 1][0])
+
+    assert winner() == winner(cloud=1.9) == 1
+    assert winner(cloud=2.1) == winner(ndsi=0, albedo=0) == 0
+    with pytest.raises(ValueError, match="above 0"):
+        ScoreWeights(cloud=0, ndsi=0, albedo=0)
+
+
+def test_weights_without_ndsi_are_those_that_are_left() -> None:
+    frame = _frame([(0.0, None, 0.5), (0.2, None, 0.2)])
+    limits = SelectionSettings(ranking="min_max", weights=ScoreWeights(cloud=3, ndsi=9, albedo=1))
+    assert rank_candidates(frame, limits)["score"].tolist() == [0.25, 0.75]
+    nothing = SelectionSettings(ranking="min_max", weights=ScoreWeights(cloud=0, ndsi=1, albedo=0))
+    assert rank_candidates(frame, nothing)["score"].tolist() == [0.5, 0.5]  # equal ones
