@@ -404,6 +404,11 @@ class TerrainSettings(_Strict):
         "to it. Both give the published choice (2010 to 2015 for 2015, 2015 to 2020 for 2023).",
     )
     elevation_change_source: str = ""
+    dhdt_nodata: float | None = Field(
+        -9999.0,
+        description="No-data value of dh/dt and its error where a file does not say. Rates beyond 100 m/yr, and errors "
+        "below 0 or above 100 m/yr, are missing in any case.",
+    )
     velocity: list[str] = Field(
         [],
         description="Surface speed in m/yr (ITS_LIVE ..._v.tif), named as `dem`: the cube's layer v and the channel "

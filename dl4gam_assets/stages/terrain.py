@@ -328,7 +328,7 @@ def elevation_change_of(
     import rasterio
 
     from dl4gam_assets.cubes import cube_mask, open_cube
-    from dl4gam_assets.terrain import match_period, read_mosaic
+    from dl4gam_assets.terrain import match_period, read_dhdt
 
     storage, terrain = site.storage, site.region.terrain
     row: dict[str, Any] = {"glacier_id": glacier_id, "fingerprint": "none", "missing_share": 1.0}
@@ -345,7 +345,7 @@ def elevation_change_of(
     wanted = fingerprint(
         {
             "code": _code(), "grid": _grid_key(grid), "period": [period.start, period.end],
-            "tiles": [_tiles_key(tiles) for tiles in layers],
+            "tiles": [_tiles_key(tiles) for tiles in layers], "nodata": terrain.dhdt_nodata,
         }
     )  # fmt: skip
     path = dhdt_path(site, period, glacier_id)
@@ -364,7 +364,9 @@ def elevation_change_of(
                 mine = source.read(1)
     values = None
     if mine is None:
-        values = [read_mosaic(tiles, grid) for tiles in layers]
+        values = [
+            read_dhdt(tiles, grid, terrain.dhdt_nodata, error_layer=bool(layer)) for layer, tiles in enumerate(layers)
+        ]
         mine = values[0]
         content = fingerprint([_grid_key(grid), *(hashlib.sha256(v.tobytes()).hexdigest() for v in values)])
     with storage.reading(static_path(site, glacier_id)) as local, open_cube(local) as static:
@@ -412,6 +414,7 @@ def elevation_change(ws: Workspace, year: int, *, force: bool = False) -> StageR
         "elevation": ws.upstream("elevation"),
         "files": [None if index is None else [_tiles_key(index.tiles), index.templates] for index in (tiles, errors)],
         "period": None if period is None else [period.start, period.end],
+        "settings": terrain.model_dump(mode="json", include={"dhdt_nodata"}),
         "code": _code(),
         "year": year,
     }

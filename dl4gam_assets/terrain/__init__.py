@@ -16,6 +16,7 @@ _HOMES = {
     "read_mosaic": "reading",
     "read_elevation": "reading",
     "read_velocity": "reading",
+    "read_dhdt": "reading",
     "read_elevation_change": "reading",
     "match_period": "reading",
     "period_tiles": "reading",

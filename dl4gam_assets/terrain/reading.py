@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 LOWEST_M, HIGHEST_M = -500.0, 9000.0
 #: No glacier is faster (m/yr), and a speed is not negative.
 FASTEST = 30_000.0
+#: No glacier thins or thickens faster (m/yr), surges included; what does is a void without a tag.
+FASTEST_CHANGE = 100.0
 #: Pixels of a source read around a grid: bilinear weights reach one pixel.
 _RIM = 2
 
@@ -68,6 +70,17 @@ def read_elevation(tiles: Sequence[Tile | Path | str], geobox: GeoBox, nodata: f
 def read_velocity(tiles: Sequence[Tile | Path | str], geobox: GeoBox) -> np.ndarray:
     """Surface speed (m/yr) on a grid, float32 (H, W), NaN where missing; otherwise as :func:`read_elevation`."""
     return read_mosaic(tiles, geobox, lowest=0.0, highest=FASTEST)
+
+
+def read_dhdt(
+    tiles: Sequence[Tile | Path | str], geobox: GeoBox, nodata: float | None = None, *, error_layer: bool = False
+) -> np.ndarray:
+    """dh/dt, or its standard error (m/yr), on a grid: float32 (H, W), NaN where missing; as :func:`read_elevation`.
+
+    Rates beyond 100 m/yr and errors outside 0 to 100 m/yr are missing in every file.
+    """
+    lowest = 0.0 if error_layer else -FASTEST_CHANGE
+    return read_mosaic(tiles, geobox, nodata=nodata, lowest=lowest, highest=FASTEST_CHANGE)
 
 
 def read_mosaic(
@@ -327,6 +340,7 @@ def read_elevation_change(
     geobox: GeoBox,
     rule: str = "ended",
     data_root: Path = Path(),
+    nodata: float | None = -9999.0,
 ) -> tuple[np.ndarray, ElevationChangePeriod | None]:
     """dh/dt (m/yr) on a grid for a year, and the period it is of.
 
@@ -336,6 +350,7 @@ def read_elevation_change(
     year : calendar year of the image
     geobox : target grid
     rule : see :func:`match_period`
+    nodata : value that means missing in files that do not say
 
     Returns
     -------
@@ -350,4 +365,4 @@ def read_elevation_change(
     if period is None:
         return np.full(geobox.shape, np.nan, dtype=np.float32), None
     tiles = period_tiles(period, data_root).touching(geobox)
-    return read_mosaic(tiles, geobox), period
+    return read_dhdt(tiles, geobox, nodata), period

@@ -357,6 +357,41 @@ def test_tiles_of_dhdt_that_do_not_reach_a_glacier_are_missing_data(copy: Place)
     assert len(copy.table("cubes", year=YEAR)) == len(changes)
 
 
+def test_voids_of_dhdt_without_a_tag_are_missing(copy: Place) -> None:
+    """A hole in dh/dt and its error, once tagged, once as -9999 untagged, once as another number that can not be."""
+    inputs = copy.home / "inputs"
+    names = ("dhdt_2010_2015.tif", "dhdt_error.tif")
+    found = []
+    for void, tag in ((-9999.0, -9999.0), (-9999.0, None), (-3.4e38, None), (777.0, None)):
+        for name in names:
+            with rasterio.open(inputs / name) as source:
+                values, profile = source.read(1), source.profile
+            values = np.where(np.abs(values) < 100, values, np.nan)
+            values[values.shape[0] // 3 : values.shape[0] // 2] = np.nan
+            profile |= {"driver": "GTiff", "dtype": "float32", "nodata": tag}
+            with rasterio.open(inputs / name, "w", **profile) as target:
+                target.write(np.where(np.isnan(values), void, values).astype(np.float32), 1)
+        assert terrain.elevation_change(copy.ws, YEAR).metadata["failed_glaciers"] == 0
+        found.append(copy.table("elevation_changes", year=YEAR).set_index("glacier_id"))
+    for other in found[1:]:
+        pd.testing.assert_frame_equal(other, found[0])
+    assert found[0]["missing_share"].between(0.02, 0.98).any() and found[0]["dhdt_mean_m_per_year"].abs().max() < 20
+    for glacier in found[0].index:
+        with rasterio.open(
+            str(terrain.dhdt_path(copy.ws.site, copy.ws.region.terrain.elevation_change[0], glacier))
+        ) as s:
+            rates, errors = s.read(1), s.read(2)
+            assert np.nanmin(errors, initial=0) >= 0 and np.nanmax(np.abs(rates), initial=0) < 20
+    copy.raw["terrain"]["dhdt_nodata"] = float(np.nanmedian(values))  # the setting counts where no tag does
+    terrain.elevation_change(copy.ws, YEAR)
+    assert (
+        copy.table("elevation_changes", year=YEAR)
+        .set_index("glacier_id")["missing_share"]
+        .ge(found[0]["missing_share"])
+        .all()
+    )
+
+
 def test_settings_that_name_nothing_stop_the_stage(copy: Place) -> None:
     copy.raw["terrain"]["velocity"] = ["no_such_folder/*.tif"]
     with pytest.raises(UpstreamError, match=r"no file matches .*no_such_folder.* \(terrain\.velocity\)"):
