@@ -341,7 +341,11 @@ class ImagerySettings(_Strict):
     window: tuple[str, str] = Field(("08-01", "10-15"), description="First and last day searched in a year, MM-DD.")
     baseline: BaselineDates = BaselineDates()
     selection: SelectionSettings = SelectionSettings()
-    margin_m: float = Field(1330.0, ge=0, description="Cube margin around the outline (128 + 5 pixels at 10 m).")
+    margin_m: float = Field(
+        1330.0,
+        ge=0,
+        description="Cube margin around the outline; by default 128 + 5 pixels: 1330 m at 10 m, 3990 m at 30 m.",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -349,6 +353,12 @@ class ImagerySettings(_Strict):
         if not isinstance(raw, dict) or raw.get("preset") is None:
             return raw
         return _merged(_preset("imagery", str(raw["preset"])), raw)
+
+    @model_validator(mode="after")
+    def _margin_of_pixels(self) -> ImagerySettings:
+        if "margin_m" not in self.model_fields_set and self.sensor.pixel_m != 10.0:
+            object.__setattr__(self, "margin_m", 133 * self.sensor.pixel_m)  # the model is frozen once it is made
+        return self
 
     @model_validator(mode="after")
     def _days(self) -> ImagerySettings:

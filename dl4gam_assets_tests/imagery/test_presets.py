@@ -17,14 +17,23 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import geopandas as gpd
+import numpy as np
 import pystac
 import pytest
+import rasterio
+import rasterio.warp
+import shapely
+import shapely.geometry
 
-from dl4gam_assets.imagery import CatalogError, SceneError, open_catalog
+from dl4gam_assets.imagery import CatalogError, SceneError, open_catalog, read_image
 from dl4gam_assets.imagery.scaling import band_metadata, reflectance_scale
 from dl4gam_assets.imagery.signing import signed, unsigned
 from dl4gam_assets.imagery.sources import SceneUnreachableError
+from dl4gam_assets.inventory import glacier_grid
 from dl4gam_assets.settings import ImagerySettings, SettingsError, StacApi, TerrainSettings, parse_region, presets
+from dl4gam_assets.terrain import catalog_tiles
+from dl4gam_assets_tests.imagery.range_server import serving
 
 BOX = [7.9, 46.4, 8.1, 46.6]
 RASTER = {"nodata": 0, "data_type": "uint16", "spatial_resolution": 10, "scale": 0.0001, "offset": -0.1}
@@ -177,7 +186,10 @@ def test_requests_and_scales_of_each_preset(preset: str, replay: Replay) -> None
             assert scale == pytest.approx(wanted), (item_id, band)
         masks = (imagery.sensor.scene_classification, imagery.sensor.cloud_probability, imagery.sensor.qa_pixel)
         assert any(masks) and all(name in item.assets for name in masks if name)
-        assert band_metadata(item.assets["blue"]).get("nodata", 0) == 0 if "blue" in item.assets else True
+        # No-data is 0 for all of them: where the item does not state it (Planetary Computer), the preset does.
+        for asset in imagery.sensor.bands.values():
+            assert band_metadata(item.assets[asset]).get("nodata", imagery.sensor.nodata) == 0
+        assert imagery.sensor.nodata == 0
 
 
 def test_a_scene_without_a_stated_scale_is_refused_never_guessed(replay: Replay) -> None:
@@ -210,23 +222,90 @@ def test_keys_beside_a_preset_override_it_and_wrong_names_are_explained() -> Non
         )  # fmt: skip
 
 
-def test_dem_presets_are_catalogs_with_addresses_that_need_no_account(replay: Replay) -> None:
-    wish = {"preset": "earth-search-cop-dem-glo-30", "url": replay.url}
-    terrain = TerrainSettings.model_validate({"dem_catalog": wish})
-    replay.features = [
-        feature(
-            "Copernicus_DSM_COG_10_N46_00_E007_00_DEM", {"datetime": "2021-04-22T00:00:00Z", "gsd": 30},
-            {"data": {"href": "s3://copernicus-dem-30m/Copernicus_DSM_COG_10_N46_00_E007_00_DEM/x_DEM.tif"}},
-        )
-    ]  # fmt: skip
-    assert isinstance(terrain.dem_catalog, StacApi)
-    (item,) = open_catalog(terrain.dem_catalog, Path(), imagery_of("earth-search-sentinel-2-l2a").sensor).search(
+#: DEM preset -> where its items say that a tile lies, and where it can be had.
+DEM_TILES = {
+    "earth-search-cop-dem-glo-30": (
+        "s3://copernicus-dem-30m/Copernicus_DSM_COG_10_N46_00_E007_00_DEM/x_DEM.tif",
+        "https://copernicus-dem-30m.s3.eu-central-1.amazonaws.com/Copernicus_DSM_COG_10_N46_00_E007_00_DEM/x_DEM.tif",
+    ),
+    "planetary-computer-cop-dem-glo-30": (
+        "https://elevationeuwest.blob.core.windows.net/copernicus-dem/COP30_hh/Copernicus_N46_E007.tif",
+        "https://elevationeuwest.blob.core.windows.net/copernicus-dem/COP30_hh/Copernicus_N46_E007.tif",
+    ),
+}
+
+
+@pytest.mark.parametrize("preset", sorted(presets()["dem"]))
+def test_dem_presets_are_catalogs_with_addresses_that_need_no_account(preset: str, replay: Replay) -> None:
+    terrain = TerrainSettings.model_validate({"dem_catalog": {"preset": preset, "url": replay.url}})
+    said, wanted = DEM_TILES[preset]
+    about = {"datetime": "2021-04-22T00:00:00Z", "gsd": 30}
+    replay.features = [feature("Copernicus_DSM_COG_10_N46_00_E007_00_DEM", about, {"data": {"href": said}})]
+    assert isinstance(terrain.dem_catalog, StacApi) and terrain.has_dem
+    found = open_catalog(terrain.dem_catalog, Path(), imagery_of("earth-search-sentinel-2-l2a").sensor).search(
         BOX, dt.date(1990, 1, 1), dt.date(2100, 1, 1)
     )
-    assert item.assets["data"].href.startswith(
-        "https://copernicus-dem-30m.s3.eu-central-1.amazonaws.com/Copernicus_DSM"
-    )
-    assert terrain.has_dem
+    (asked,) = replay.asked
+    assert asked["collections"] == ["cop-dem-glo-30"] and not asked.get("query")
+    (tile,) = catalog_tiles(found, terrain.dem_asset)
+    assert tile.href == wanted and tile.box == (7.6, 46.0, 9.0, 47.0)
+
+
+def test_a_landsat_scene_is_searched_and_read_on_its_own_grid(replay: Replay, tmp_path: Path) -> None:
+    """From the preset's search to pixels over HTTP: scale, fill, quality bits, 30 m, and a margin of 133 pixels."""
+    imagery = imagery_of("planetary-computer-landsat-c2-l2", catalog={"url": replay.url})
+    assert imagery.margin_m == 3990
+    n, pixel, west, north = 400, 30.0, 600_000.0, 5_200_020.0
+    values = {"blue": 0.3, "green": 0.4, "red": 0.35, "nir08": 0.3, "swir16": 0.25}
+    quality = np.full((n, n), 21824, np.uint16)  # clear land
+    quality[:, 200:230] = 22280  # cloud
+    quality[:, 230:240] = 1  # fill
+    footprint = shapely.box(*rasterio.warp.transform_bounds("EPSG:32632", "EPSG:4326", west, north - n * pixel,
+                                                            west + n * pixel, north))  # fmt: skip
+
+    def write(name: str, content: np.ndarray, tag: float) -> None:
+        with rasterio.open(
+            tmp_path / f"{name}.tif", "w", driver="COG", height=n, width=n, count=1, dtype="uint16", nodata=tag,
+            crs="EPSG:32632", transform=rasterio.Affine(pixel, 0, west, 0, -pixel, north),
+        ) as target:  # fmt: skip
+            target.write(content, 1)
+
+    for name, value in values.items():
+        digits = np.full((n, n), round((value + 0.2) / 2.75e-5), np.uint16)
+        digits[:, 230:240] = 0
+        write(name, digits, 0)
+    write("qa_pixel", quality, 1)
+    with serving(tmp_path) as files:
+        said = json.loads(json.dumps(ANSWERS["planetary-computer-landsat-c2-l2"][0]))
+        said |= {"bbox": list(footprint.bounds), "geometry": shapely.geometry.mapping(footprint)}
+        for name, asset in said["assets"].items():
+            asset["href"] = f"{files.url}/{name}.tif"
+        replay.features = [said]
+        outline = gpd.GeoSeries([shapely.box(west + 5800, north - 6300, west + 6200, north - 5900)], crs="EPSG:32632")
+        grid = glacier_grid(outline.to_crs(4326).iloc[0], 32632, imagery.sensor.pixel_m, imagery.margin_m)
+        assert min(grid.shape) >= 2 * 133 + 13
+        box = rasterio.warp.transform_bounds("EPSG:32632", "EPSG:4326", *grid.boundingbox)
+        catalog = open_catalog(imagery.catalog, Path(), imagery.sensor)
+        items = catalog.search(box, dt.date(2023, 8, 1), dt.date(2023, 10, 15))
+        image = read_image(items, imagery, grid)
+    assert len(items) == 1 and files.requests
+    left = round((grid.affine.c - west) / pixel)
+    part = slice(left, left + grid.shape[1])
+    cloud, fill = (np.zeros((1, n), bool) for _ in range(2))
+    cloud[:, 200:230], fill[:, 230:240] = True, True
+    np.testing.assert_array_equal(image["missing"], np.broadcast_to(fill[:, part], grid.shape))
+    np.testing.assert_array_equal(image["cloud"], np.broadcast_to(cloud[:, part], grid.shape))
+    clear = ~image["missing"].to_numpy()
+    for band, asset in imagery.sensor.bands.items():
+        np.testing.assert_allclose(image["reflectance"].sel(band=band).to_numpy()[clear], values[asset], atol=1.4e-5)
+
+
+def test_the_margin_follows_the_pixel_unless_it_is_stated() -> None:
+    assert imagery_of("earth-search-sentinel-2-l2a").margin_m == 1330
+    assert imagery_of("planetary-computer-landsat-c2-l2", margin_m=600).margin_m == 600
+    assert imagery_of("planetary-computer-landsat-c2-l2", sensor={"pixel_m": 15}).margin_m == 1995
+    again = ImagerySettings.model_validate(imagery_of("planetary-computer-landsat-c2-l2").model_dump(mode="json"))
+    assert again.margin_m == 3990
 
 
 def test_a_catalog_that_pages_for_ever_is_stopped(replay: Replay) -> None:
