@@ -192,12 +192,20 @@ def materialize(
     ] = None,
     fold: Annotated[list[int] | None, typer.Option(help="Fold (1..n); repeat for several. All by default.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Only these assets; repeat for several.")] = None,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force",
+            help="Make them even where nothing changed: catalogs are asked and scenes read anew. Best with --only and "
+            "--year; the baseline year is not taken along.",
+        ),
+    ] = False,
 ) -> None:
     """Bring a region's results up to date. What has not changed is left alone; what was interrupted goes on."""
     settings, storage = _open(region, home)
     _check_choice("year", year, settings.years.all())
     _check_choice("fold", fold, range(1, settings.folds.n + 1))
-    outcome = _run(region, settings, storage, home, year, fold, only)
+    outcome = _run(region, settings, storage, home, year, fold, only, force)
     _print_timings(outcome)
     if outcome.failed:
         raise _failed(outcome)
@@ -217,6 +225,7 @@ def _run(
     years: Any = None,
     folds: Any = None,
     only: Any = None,
+    force: bool = False,
 ) -> Any:
     os.environ["DL4GAM_REGION"] = name
     if home:
@@ -229,7 +238,7 @@ def _run(
 
     try:
         return run(
-            build_defs(settings), settings, storage, years=years, folds=folds, only=only,
+            build_defs(settings), settings, storage, years=years, folds=folds, only=only, force=force,
             say=lambda text: console.print(text, highlight=False),
         )  # fmt: skip
     except (OSError, SQLAlchemyError) as error:

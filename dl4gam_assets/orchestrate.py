@@ -20,6 +20,7 @@ import dagster as dg
 from dagster._core.storage.tags import ASSET_PARTITION_RANGE_END_TAG, ASSET_PARTITION_RANGE_START_TAG
 
 from dl4gam_assets.partitions import Partitions, fold_of, member_of, year_of
+from dl4gam_assets.resources import FORCE_TAG
 from dl4gam_assets.settings import Region
 from dl4gam_assets.stages.base import Workspace
 from dl4gam_assets.stages.registry import is_current
@@ -126,16 +127,20 @@ def materialize(
     years: Sequence[int] | None = None,
     folds: Sequence[int] | None = None,
     only: Sequence[str] | None = None,
+    force: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> Outcome:
     """Bring the graph up to date for the given years and folds (all by default).
 
     Each family of partitions is one range run per contiguous range; stages skip partitions whose inputs are unchanged.
     The baseline year is always taken along, because every change needs it. Assets after a failed partition go on with
-    what is there; the failures are returned.
+    what is there; the failures are returned. ``force`` makes what was asked for, and no other year, even where nothing
+    changed: catalogs are searched and scenes read anew.
     """
     partitions = Partitions(region)
-    wanted_years = sorted({*(years if years is not None else region.years.all()), region.years.baseline})
+    wanted_years = sorted(years if years is not None else region.years.all())
+    if not force:
+        wanted_years = sorted({*wanted_years, region.years.baseline})
     wanted_folds = list(folds) if folds is not None else list(range(1, region.folds.n + 1))
     known = {key.to_user_string() for key in definitions.resolve_asset_graph().get_all_asset_keys()}
     outcome = Outcome()
@@ -150,7 +155,9 @@ def materialize(
                 continue
             say(f"{', '.join(names)}")
             ranges = _ranges(partitions, family, wanted_years, wanted_folds)
-            if all(_range_is_current(partitions, family, key_range, names, workspace) for key_range in ranges):
+            if not force and all(
+                _range_is_current(partitions, family, key_range, names, workspace) for key_range in ranges
+            ):
                 say("  up to date")
                 continue
             _wait_for_pools(opened, definitions, names, say)
@@ -164,7 +171,7 @@ def materialize(
                 tags = {} if key_range is None else {
                     ASSET_PARTITION_RANGE_START_TAG: key_range[0], ASSET_PARTITION_RANGE_END_TAG: key_range[1],
                 }  # fmt: skip
-                tags |= own_process()
+                tags |= own_process() | ({FORCE_TAG: "true"} if force else {})
                 result = job.execute_in_process(instance=opened, tags=tags, raise_on_error=False, run_config=_QUIET)
                 count += 1 if key_range is None else len(_definition(partitions, family).get_partition_keys_in_range(
                     dg.PartitionKeyRange(*key_range)

@@ -18,6 +18,8 @@ from dl4gam_assets.settings import Region, load_region
 from dl4gam_assets.stages.base import Workspace
 from dl4gam_assets.storage import Storage
 
+#: Tag of runs that make their partitions even where nothing changed: ``true``.
+FORCE_TAG = "dl4gam/force"
 #: Folder of all results where DL4GAM_HOME is not set.
 DEFAULT_HOME = "dl4gam_home"
 
@@ -77,7 +79,8 @@ class WorkspaceResource(dg.ConfigurableResource):
 
     def open(self, context: dg.AssetExecutionContext) -> Workspace:
         """The plain workspace of one run."""
-        return dataclasses.replace(self.plain(), logger=context.log, run_id=context.run.run_id)
+        forced = context.run.tags.get(FORCE_TAG) == "true"
+        return dataclasses.replace(self.plain(), logger=context.log, run_id=context.run.run_id, force=forced)
 
     def plain(self) -> Workspace:
         """The workspace outside of a run: for sensors."""

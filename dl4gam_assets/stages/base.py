@@ -175,6 +175,7 @@ class Workspace:
     logger: Any = log
     run_id: str | None = None
     probe: bool = False  # only say whether partitions are unchanged; do no work
+    force: bool = False  # make partitions even where nothing changed, and search and read anew
     unreachable: int = 0  # glaciers that failed because a server did not answer: worth another attempt
 
     @property
@@ -325,6 +326,7 @@ def run_stage(
     not what they were when the partition was made, where the inputs themselves do not tell.
     """
     ws.storage.check_format(write=not ws.probe)
+    force = force or ws.force
     wanted, named = input_fingerprint(inputs), named_inputs(inputs)
     state = ws.storage.read_state(asset, partition)
     current = bool(state and state["input"] == wanted and not force and not changed and not state.get("failed"))

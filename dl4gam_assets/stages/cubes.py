@@ -162,7 +162,11 @@ def cube_preview(site: Site, year: int, glacier_id: str) -> bytes:
 
 
 def glacier_cubes(ws: Workspace, year: int, *, force: bool = False) -> StageResult:
-    """Build the cubes of a year's selected scenes; glaciers whose inputs are unchanged are left alone."""
+    """Build the cubes of a year's selected scenes; glaciers whose inputs are unchanged are left alone.
+
+    ``force`` builds all of them.
+    """
+    force = force or ws.force
     if (manifest := published.cubes_import(ws.storage, year)) is not None:
         return published.glacier_cubes(ws, year, manifest, force=force)
     label = str(year)

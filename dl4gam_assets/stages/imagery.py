@@ -205,7 +205,7 @@ class _Reading(Mapper):
 
 
 #: Settings of the choice that change no score: with others the scores on disk are used again.
-_NO_SCORES = {"coverage_min", "cloud_max", "ranking", "fallback_cloud_tolerance", "overrides"}
+_NO_SCORES = {"coverage_min", "cloud_max", "ranking", "weights", "fallback_cloud_tolerance", "overrides"}
 
 
 def _score_settings(region: Region) -> dict[str, Any]:
@@ -279,7 +279,8 @@ def _shapes_hash(shapes: Any) -> str:
 
 
 def scene_candidates(ws: Workspace, year: int, *, force: bool = False) -> StageResult:
-    """Score every scene of the season over each modelled glacier."""
+    """Score every scene of the season over each modelled glacier. ``force`` asks the catalog again too."""
+    force = force or ws.force
     if (manifest := published.cubes_import(ws.storage, year)) is not None:
         return published.scene_candidates(ws, year, manifest, force=force)
     label = str(year)

@@ -273,7 +273,8 @@ def ensemble_members(
         stored = (ws.storage.model(fold, member) / "model.safetensors").exists()
         # One that was left out is tried again when it is asked for.
         changed = tuple(str(file) for file in changed_files(ws, "ensemble_member", label, full_hash))
-        current = bool(state and state["input"] == fingerprint_now and stored and not changed and not force)
+        again = force or ws.force or bool(changed)
+        current = bool(state and state["input"] == fingerprint_now and stored and not again)
         if ws.probe:
             out[key] = StageResult(label, unchanged=current, inputs=named[key], input=fingerprint_now, changed=changed)
         elif state and current:
