@@ -2,6 +2,7 @@
 #   make demo   install, materialize the demo region, compare with its known truth
 #   make ui     the Dagster UI on http://127.0.0.1:3000 with the same store
 #   make test   install and run the tests
+#   make test-pgstac  the search through pgstac; wants PostgreSQL with PostGIS on this machine
 #   make faults every fault of docs/faults.md, kill -9 a hundred times, and a table (half an hour)
 #   make lint   style, types and the contract between rooms
 #   make audit  known vulnerabilities of the dependencies, where PyPI's data can be reached
@@ -13,10 +14,10 @@ export DL4GAM_HOME ?= $(CURDIR)/dl4gam_home
 REGION ?= demo
 PORT ?= 3000
 
-.PHONY: help install demo ui test faults audit lint docs clean
+.PHONY: help install demo ui test test-pgstac faults audit lint docs clean
 
 help:
-	@sed -n '2,8p' Makefile | cut -c3-
+	@sed -n '2,9p' Makefile | cut -c3-
 
 $(VENV)/.made:
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.11"'
@@ -47,6 +48,10 @@ ui: $(VENV)/.installed
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest dl4gam_assets_tests
+
+test-pgstac: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --constraint .ci/torch-requirement.txt -e '.[test-pgstac]'
+	$(BIN)/python -m pytest -rs dl4gam_assets_tests/imagery/test_pgstac.py
 
 faults: $(VENV)/.test
 	$(BIN)/python -m dl4gam_assets_tests.faults
