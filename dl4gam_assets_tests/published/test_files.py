@@ -391,13 +391,20 @@ def test_pixels_that_nobody_calls_good_are_not(cube_file: tuple[Path, xr.Dataset
         data = source.load()
     data["mask_nok"][:] = 0
     data["mask_nok"][:2], data["mask_nok"][2:4] = -1, 1
+    data["band_data"][0, 4:6], data["dem"][6:8] = -9999, -9999
     data["mask_all_g_id"] = data["mask_all_g_id"].where(data["mask_all_g_id"] >= 0, -9999)
-    for name in data.variables:
-        data[name].encoding = {}
+    for name in data.data_vars:  # nothing names the missing values
+        data[name].attrs.pop("_FillValue", None)
+        data[name].encoding = {"_FillValue": None}
     path.unlink()
     data.to_netcdf(path)
     found = _back(path, ours)
-    assert cube_mask(found, "not_ok")[:4].all()
+    assert cube_mask(found, "not_ok")[:6].all() and not cube_mask(found, "not_ok")[6:].any()
+    missing = np.isnan(found["reflectance"].to_numpy())
+    assert missing[:, 4:6].any(axis=0).all() and not missing[:, :4].any() and not missing[:, 6:].any()
+    assert (
+        np.isnan(found["dem"].to_numpy()[6:8]).all() and np.isnan(found["dem"].to_numpy()).sum() == 2 * found.sizes["x"]
+    )
     index = found["glacier_index"].to_numpy()
     assert index.min() == -1 and ((index >= 0) == (ours["glacier_index"].to_numpy() >= 0)).all()
 
