@@ -951,9 +951,13 @@ def _importing(region: str, home: str | None, register: Callable[[Any], dict[str
         raise _stop(_escape(str(error))) from error
 
 
-def _then(region: str, settings: Region, storage: Storage, home: str | None, years: Any, only: list[str]) -> None:
+def _then(
+    region: str, settings: Region, storage: Storage, home: str | None, years: Any, only: list[str],
+    tell: Callable[[], None] = lambda: None,
+) -> None:  # fmt: skip
     outcome = _run(region, settings, storage, home, years, None, only)
     _print_timings(outcome)
+    tell()
     if outcome.failed:
         raise _failed(outcome)
 
@@ -985,7 +989,27 @@ def import_cubes(
             f"made from them. Those of {found['year']} are then converted with them"
         )
     assets = ["elevation", "scene_candidates", "selected_scenes", "elevation_change", "glacier_cubes"]
-    _then(region, settings, storage, home, registered, assets)
+    _then(region, settings, storage, home, registered, assets, lambda: _tell_refused(storage, registered))
+
+
+#: Refused files that are printed with their reasons; all are in the table ``failures``.
+_SHOWN = 10
+
+
+def _tell_refused(storage: Storage, years: list[int]) -> None:
+    """Print how many published cubes of each year were converted, and why the others were not."""
+    from dl4gam_assets.stages.published import refused_cubes
+
+    for year in years:
+        converted, refused = refused_cubes(storage, year)
+        if len(refused):
+            console.print(
+                f"[yellow]{year}: {converted} cubes converted, {len(refused)} refused[/yellow]", highlight=False
+            )
+            for error in refused["error"].head(_SHOWN):
+                console.print(f"  {error}", highlight=False, markup=False, soft_wrap=True)
+            if len(refused) > _SHOWN:
+                console.print(f"  and {len(refused) - _SHOWN} more: the table failures names them", highlight=False)
 
 
 @app.command("import-splits")
@@ -1005,6 +1029,11 @@ def import_splits(
         f"folds of {found['glaciers']} glaciers ({found['without']} modelled ones have none), "
         f"{found['normalization']} normalization tables", highlight=False,
     )  # fmt: skip
+    if found["removed"]:
+        console.print(
+            f"{found['removed']} normalization tables of the former fold map were removed: they are of other training "
+            "glaciers. Import those of this map, or they are computed from the cubes", highlight=False,
+        )  # fmt: skip
     assets = ["cross_validation_folds", *(["normalization"] if found["normalization"] else [])]
     _then(region, settings, storage, home, [settings.years.baseline], assets)
 
@@ -1032,6 +1061,15 @@ def import_checkpoints(
         f"{found['checkpoints']} checkpoints: folds {', '.join(map(str, found['folds']))}, {found['members']} members "
         "each", highlight=False,
     )  # fmt: skip
+    if found["set_aside"]:
+        console.print(
+            f"{found['set_aside']} others have a lower score in their names and were left out", highlight=False
+        )
+    if found["removed"]:
+        console.print(
+            f"folds {', '.join(map(str, found['removed']))} are not in this set: what was imported for them before is "
+            "not used any more, and their members are trained when they are materialized", highlight=False,
+        )  # fmt: skip
     _then(region, settings, storage, home, [settings.years.baseline], ["normalization", "ensemble_member", "ensemble"])
 
 
@@ -1068,10 +1106,26 @@ def compare_published(
     region: RegionOption = "demo",
     home: HomeOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
-    file: Annotated[Path | None, typer.Option("--file", "-f", help="Write the regional rates here, as CSV.")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            "--file",
+            "-f",
+            help="Folder for maps.csv and areas.csv, both by glacier, and rates.csv; or a file for these.",
+        ),
+    ] = None,
 ) -> None:
     """The paper's tables under its definitions, and what each correction moves, one at a time (docs/reproduce.md)."""
-    from dl4gam_assets.published.comparison import PAPER, area_quality, map_quality, regional_rates
+    import pandas as pd
+
+    from dl4gam_assets.published.comparison import (
+        PAPER,
+        STEPS,
+        area_quality,
+        map_quality,
+        not_as_published,
+        regional_rates,
+    )
 
     settings, storage = _open(region, home)
     _check_choice("year", [year], settings.years.all())
@@ -1080,14 +1134,23 @@ def compare_published(
     if not len(baseline) or not len(areas):
         raise _stop(f"there are no areas of {year} or of the baseline year yet: run `dl4gam materialize --year {year}`")
     rates = regional_rates(
-        baseline, areas, storage.read_table("glaciers"), settings.change, year, settings.years.baseline
+        baseline, areas, storage.read_table("glaciers"), settings.change, year, settings.years.baseline, settings.areas
     )
-    quality = map_quality(storage.read_table("evaluation"))
+    evaluation = storage.read_table("evaluation")
+    quality = map_quality(evaluation)
     sums = {str(settings.years.baseline): area_quality(baseline), str(year): area_quality(areas)}
-    if file is not None:
+    if file is not None and file.suffix == ".csv":
         rates.to_csv(file, index=False)
+    elif file is not None:
+        file.mkdir(parents=True, exist_ok=True)
+        evaluation[evaluation["role"] == "test"].to_csv(file / "maps.csv", index=False)
+        pd.concat([baseline, areas]).to_csv(file / "areas.csv", index=False)
+        rates.to_csv(file / "rates.csv", index=False)
+    other = not_as_published(settings.areas)
     if as_json:
         shown = {
+            "paper": PAPER,
+            "areas_as_published": not other,
             "maps": json.loads(quality.to_json(orient="records")),
             "areas": {key: json.loads(frame.to_json(orient="records"))[0] for key, frame in sums.items()},
             "rates": json.loads(rates.to_json(orient="records")),
@@ -1121,16 +1184,25 @@ def compare_published(
             if r.rate_pct_per_year != r.rate_pct_per_year:
                 table.add_row(f"  {r.method}", str(int(r.n_glaciers)), "", "no rate", "", "", "")
                 continue
-            known = step != "as published" and r.moves_rate == r.moves_rate
+            known = not str(step).startswith(STEPS[0].name) and r.moves_rate == r.moves_rate
             table.add_row(
                 f"  {r.method}", str(int(r.n_glaciers)), _share(r.share_of_area), f"{r.rate_km2_per_year:.3f}",
                 f"{r.rate_pct_per_year:.2f} +/- {r.rate_std_pct_per_year:.2f}",
                 *((f"{v:+.2f}".replace("-0.00", "+0.00") for v in (r.moves_rate, r.moves_std)) if known else ("", "")),
             )  # fmt: skip
     console.print(table)
-    if settings.name == "alps" and year == 2023:
+    left_out = rates.groupby("step", sort=False)["left_out"].first()
+    for step, count in left_out[left_out > 0].items():
+        console.print(f"{step}: {count} glaciers are left out, which have no such interval", highlight=False)
+    if other:
         console.print(
-            f"The paper, 2015 to 2023: {PAPER['rate_pct_per_year']} +/- {PAPER['rate_std_pct_per_year']} %/yr, "
+            f"[yellow]This region measures areas with {other} (areas.pixels, areas.shared_ground): no line is as "
+            "published. Set them to whole and each for that[/yellow]", highlight=False,
+        )  # fmt: skip
+    if settings.name == PAPER["region"] and year == PAPER["to"]:
+        console.print(
+            f"The paper, {PAPER['from']} to {PAPER['to']}: {PAPER['rate_pct_per_year']} +/- "
+            f"{PAPER['rate_std_pct_per_year']} %/yr (its preprint: +/- {PAPER['earlier_rate_std_pct_per_year']}), "
             f"{PAPER['glaciers']} glaciers measured ({PAPER['area_km2']} km2), {PAPER['filtered_glaciers']} pass the "
             f"filters ({PAPER['filtered_share_of_area']} of the area).", highlight=False,
         )  # fmt: skip

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ _GOLDEN_PX, _GOLDEN_SEED = 64, 20251
 
 @dataclass(frozen=True)
 class PublishedCheckpoint:
-    """A checkpoint of a folder: its iteration and seed, and what its name says."""
+    """A checkpoint of a folder: its iteration and seed, what its name says, and how many of lower score lie there."""
 
     split: int
     seed: int
@@ -42,22 +42,25 @@ class PublishedCheckpoint:
     settings: Path | None
     epoch: int | None
     validation_iou: float | None
+    set_aside: int = 0
 
 
 def find_checkpoints(folder: Path) -> list[PublishedCheckpoint]:
     """The best checkpoint of each iteration and seed below a folder (``last.ckpt`` is not it).
 
+    Where several lie in a folder, or in several versions of a seed, the one with the highest score in its name is it.
+
     Raises
     ------
     PublishedFileError
-        if there is none, or several best ones of one iteration and seed.
+        if there is none, or several of one iteration and seed of which one states no score, or two the highest.
     """
     if not folder.is_dir():
         raise PublishedFileError(f"{folder} is no folder: name the one that holds split_<i>/seed_<s>/")
-    found: dict[tuple[int, int], PublishedCheckpoint] = {}
+    found: dict[tuple[int, int], list[PublishedCheckpoint]] = {}
     for path in sorted(folder.rglob("*.ckpt")):
         match = _PLACE.search(path.as_posix())
-        if match is None or path.stem.startswith("last"):
+        if match is None or path.name.startswith(("last", ".")):
             continue
         split, seed = int(match[1]), int(match[2])
         epoch, score = _EPOCH.search(path.stem), _SCORE.search(path.stem)
@@ -66,14 +69,62 @@ def find_checkpoints(folder: Path) -> list[PublishedCheckpoint]:
             split, seed, path, beside if beside.is_file() else None, int(epoch[1]) if epoch else None,
             float(score[1]) if score else None,
         )  # fmt: skip
-        if (split, seed) in found:
-            raise PublishedFileError(
-                f"split_{split}/seed_{seed} has several checkpoints ({found[split, seed].path}, {path}): keep one"
-            )
-        found[split, seed] = one
+        found.setdefault((split, seed), []).append(one)
     if not found:
         raise PublishedFileError(f"{folder} holds no split_<i>/seed_<s>/.../checkpoints/ckpt-*.ckpt")
-    return [found[key] for key in sorted(found)]
+    return [_best(found[key]) for key in sorted(found)]
+
+
+def _best(ones: Sequence[PublishedCheckpoint]) -> PublishedCheckpoint:
+    scores = [one.validation_iou for one in ones]
+    ranked = sorted((s for s in scores if s is not None), reverse=True)
+    if len(ones) > 1 and (None in scores or ranked[0] == ranked[1]):
+        raise PublishedFileError(
+            f"split_{ones[0].split}/seed_{ones[0].seed} has several checkpoints ({ones[0].path}, {ones[1].path}), and "
+            "their names do not say which one is the best: keep one"
+        )
+    return replace(ones[scores.index(ranked[0])] if ranked else ones[0], set_aside=len(ones) - 1)
+
+
+# Lightning keeps the arguments of a module (``hyper_parameters``) in its checkpoints, often with paths and numbers of
+# numpy. Whatever a pickle calls by these names is one of ours: paths that touch no file, numbers of Python. Nothing of
+# numpy or of the file system is called, so it does not matter what a file hands to them.
+_PATHS = {"PosixPath": PurePosixPath, "PurePosixPath": PurePosixPath,
+          "WindowsPath": PureWindowsPath, "PureWindowsPath": PureWindowsPath}  # fmt: skip
+_NUMBER = re.compile(r"b1|[iu][1248]|f[248]|c(?:8|16)")
+
+
+class _Dtype:
+    """In place of ``numpy.dtype``: remembers which number it is."""
+
+    def __init__(self, name: object, *_: object):
+        self.name, self.order = str(name), "="
+
+    def __setstate__(self, state: Sequence[object]) -> None:
+        self.order = ">" if len(state) > 1 and state[1] == ">" else "<"
+
+
+def _scalar_of(module: str) -> Callable[..., Any]:
+    """In place of ``numpy.core.multiarray.scalar``: a number of Python from its bytes."""
+
+    def scalar(dtype: object, content: object) -> Any:
+        if not isinstance(dtype, _Dtype) or not _NUMBER.fullmatch(dtype.name) or not isinstance(content, bytes):
+            raise ValueError("it holds a scalar of numpy that is no number")
+        return np.frombuffer(content, dtype.order + dtype.name)[0].item()
+
+    scalar.__module__, scalar.__qualname__ = module, "scalar"
+    return scalar
+
+
+def _stand_ins() -> list[Any]:
+    """What torch's restricted loader calls instead, under the names that pickles have for it."""
+    made: list[Any] = [
+        type(name, (pure,), {"__module__": module, "__slots__": ()})
+        for module in ("pathlib", "pathlib._local")
+        for name, pure in _PATHS.items()
+    ]
+    made.append(type("dtype", (_Dtype,), {"__module__": "numpy"}))
+    return made + [_scalar_of(module) for module in ("numpy.core.multiarray", "numpy._core.multiarray")]
 
 
 def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -81,7 +132,8 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     (epoch, global_step, Lightning's version).
 
     The file is read by torch's restricted loader (``weights_only``), which makes tensors and plain containers and runs
-    nothing. A checkpoint that holds anything else is refused.
+    nothing. Paths and numbers of numpy, which Lightning keeps with the arguments of a module, become plain paths and
+    numbers. A checkpoint that holds anything else is refused.
 
     Raises
     ------
@@ -89,7 +141,8 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         if it is damaged, holds other objects, or no weights behind ``model.seg_model.``, or any that are no numbers.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_stand_ins()):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and torch each have errors of their own
         text = " ".join(str(error).split())
         named = re.search(r"(?:GLOBAL|global) (\S+)", text)
@@ -113,13 +166,17 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     return weights, {k: v for k, v in facts.items() if isinstance(v, int | float | str)}
 
 
-def read_settings(path: Path | None) -> dict[str, Any]:
+def read_settings(path: Path | None, *, split: int | None = None, seed: int | None = None) -> dict[str, Any]:
     """The part ``model`` of a published settings.yaml; empty without a file.
+
+    Parameters
+    ----------
+    split, seed : of its folder, which its ``data.split`` and ``task.seed`` must be where it has them
 
     Raises
     ------
     PublishedFileError
-        if it is no plain YAML, or has no ``model``.
+        if it is no plain YAML, has no ``model``, or is of another iteration or seed.
     """
     if path is None:
         return {}
@@ -130,6 +187,14 @@ def read_settings(path: Path | None) -> dict[str, Any]:
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict):
         raise PublishedFileError(f"settings {path} have no part `model`")
+    for part, key, wanted in (("data", "split", split), ("task", "seed", seed)):
+        within = content.get(part)
+        stated = within.get(key) if isinstance(within, dict) else None
+        if wanted is not None and stated is not None and str(stated).removeprefix("split_") != str(wanted):
+            raise PublishedFileError(
+                f"settings {path} are of {part}.{key} {stated}, its folder is of {key} {wanted}: is it another "
+                "checkpoint's?"
+            )
     return model
 
 

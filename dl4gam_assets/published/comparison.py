@@ -14,13 +14,16 @@ import numpy as np
 import pandas as pd
 
 from dl4gam_assets.change import area_changes, regional_changes
-from dl4gam_assets.settings import ChangeSettings
+from dl4gam_assets.settings import AreaSettings, ChangeSettings
 
-#: What the paper states of the Alps, 2015 to 2023 (inventory of Paul et al. 2020).
+#: What the paper states of the Alps, 2015 to 2023 (inventory of Paul et al. 2020); the preprint gave another deviation.
 PAPER = {
-    "glaciers": 1593, "area_km2": 1684.7, "rate_pct_per_year": -1.90, "rate_std_pct_per_year": 1.26,
+    "region": "alps", "from": 2015, "to": 2023, "glaciers": 1593, "area_km2": 1684.7,
+    "rate_pct_per_year": -1.90, "rate_std_pct_per_year": 1.26, "earlier_rate_std_pct_per_year": 0.71,
     "filtered_glaciers": "about 900", "filtered_share_of_area": "about 70 %",
 }  # fmt: skip
+#: Debris recall is of glaciers with more than this share of debris (the paper's).
+DEBRIS_SHARE = 0.01
 #: Choices of the published code: whole years, both filters, fully dependent errors between glaciers.
 AS_PUBLISHED: dict[str, Any] = {
     "dates": "whole_years", "snr_min": 1.0, "recall_min": 0.9, "filter": ["snr", "recall"],
@@ -52,7 +55,7 @@ _METHODS = ("measured", "filtered", "extrapolated")
 
 def regional_rates(
     baseline: pd.DataFrame, areas: pd.DataFrame, glaciers: pd.DataFrame, settings: ChangeSettings, year: int,
-    baseline_year: int,
+    baseline_year: int, measured: AreaSettings | None = None,
 ) -> pd.DataFrame:  # fmt: skip
     """Regional rates with the published choices, with each correction alone, and with the region's own settings.
 
@@ -61,39 +64,53 @@ def regional_rates(
     baseline, areas : rows of the tables ``baseline_areas`` and ``areas`` of ``year``
     glaciers : the table ``glaciers``
     settings : the region's; what no step changes is taken from it (size classes)
+    measured : how the region measures areas; where that is not the published way, the first step's name says so, since
+        no setting of change can undo it
 
     Returns
     -------
     DataFrame with step, method (``measured``: before filters, ``filtered``, ``extrapolated``: all), n_glaciers,
-    share_of_area (of the inventory), baseline_area_km2, area_km2, rate_km2_per_year, rate_pct_per_year,
-    rate_std_pct_per_year, and moves_rate, moves_std: the differences from ``as published`` of that method. Steps whose
-    intervals the tables do not have are left out.
+    left_out (glaciers without an interval of the step's rule, in either year), share_of_area (of the inventory),
+    baseline_area_km2, area_km2, rate_km2_per_year, rate_pct_per_year, rate_std_pct_per_year, and moves_rate, moves_std:
+    the differences from ``as published`` of that method. Steps whose intervals no glacier has are left out.
     """
     rows = []
     published = settings.model_copy(update=AS_PUBLISHED)
     steps = [(s, published.model_copy(update=dict(s.change))) for s in STEPS]
     steps.append((Step("all together: the region's settings", intervals="own"), settings))
     for step, choice in steps:
-        before, after = (_with_intervals(frame, step.intervals) for frame in (baseline, areas))
-        if before is None or after is None:
-            continue
+        (before, lost), (after, lost_after) = (_with_intervals(frame, step.intervals) for frame in (baseline, areas))
         changes, _ = area_changes(before, after, choice)
         if not len(changes):
             continue
+        left_out = len(lost | lost_after)
         totals = regional_changes(changes, glaciers, after, choice, year, baseline_year)
         totals = totals[totals["grouping"] == "region"].set_index("method")
         for method in _METHODS:
             if method in totals.index:
                 row = totals.loc[method]
-                rows.append({"step": step.name, "method": method} | {name: row[name] for name in _COLUMNS})
-    out = pd.DataFrame(rows, columns=["step", "method", *_COLUMNS])
+                told = {"step": step.name, "method": method, "left_out": left_out}
+                rows.append(told | {name: row[name] for name in _COLUMNS})
+    out = pd.DataFrame(rows, columns=["step", "method", "left_out", *_COLUMNS])
     inventory = float(glaciers["inventory_area_km2"].sum())
     out["share_of_area"] = out["baseline_area_km2"].astype(float) / inventory
     first = out[out["step"] == STEPS[0].name].set_index("method")
     for name, column in (("moves_rate", "rate_pct_per_year"), ("moves_std", "rate_std_pct_per_year")):
         reference = out["method"].map(first[column].astype(float)) if len(first) else np.nan
         out[name] = out[column].astype(float) - reference
+    other = not_as_published(measured)
+    if other:
+        out["step"] = out["step"].replace(STEPS[0].name, f"{STEPS[0].name}, but with {other}")
     return out
+
+
+def not_as_published(measured: AreaSettings | None) -> str:
+    """In words, how a region measures areas otherwise than published; empty where it does not."""
+    if measured is None:
+        return ""
+    words = ["fractional pixels"] if measured.pixels != "whole" else []
+    words += ["shared ground counted once"] if measured.shared_ground != "each" else []
+    return " and ".join(words)
 
 
 _COLUMNS = [
@@ -101,14 +118,17 @@ _COLUMNS = [
 ]  # fmt: skip
 
 
-def _with_intervals(areas: pd.DataFrame, which: str) -> pd.DataFrame | None:
-    """Areas with the intervals of a rule in place of those that the region uses; None where they were not made."""
+def _with_intervals(areas: pd.DataFrame, which: str) -> tuple[pd.DataFrame, set[str]]:
+    """Areas with the intervals of a rule in place of those that the region uses, and the glaciers that have none."""
     if which == "own":
-        return areas
-    lower, upper = f"lower_{which}_km2", f"upper_{which}_km2"
-    if lower not in areas or areas[[lower, upper]].isna().any(axis=None):
-        return None
-    return areas.assign(lower_km2=areas[lower], upper_km2=areas[upper], std_km2=(areas[upper] - areas[lower]) / 2)
+        return areas, set()
+    lower, upper = (
+        areas[name].astype(float) if name in areas else pd.Series(np.nan, index=areas.index)
+        for name in (f"lower_{which}_km2", f"upper_{which}_km2")
+    )
+    there = lower.notna() & upper.notna()
+    found = areas.assign(lower_km2=lower, upper_km2=upper, std_km2=(upper - lower) / 2)[there]
+    return found, set(areas.loc[~there, "glacier_id"].astype(str))
 
 
 def map_quality(evaluation: pd.DataFrame) -> pd.DataFrame:
@@ -125,12 +145,13 @@ def map_quality(evaluation: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     DataFrame with method, definition, n_glaciers, iou, precision, recall, f1 (means over glaciers), iou_by_area, and
-    debris_recall (mean over glaciers with debris; the same under both definitions)
+    debris_recall (mean over glaciers with more than 1 % debris; the same under both definitions)
     """
     tested = evaluation[evaluation["role"] == "test"]
     rows = []
     for method, mine in tested.groupby("method", sort=True):
-        debris = mine[mine["scope"] == "debris"]["recall"].mean()
+        covered = (mine["scope"] == "debris") & (mine["debris_share"].astype(float) > DEBRIS_SHARE)
+        debris = mine.loc[covered, "recall"].mean()
         for scope, definition in (("ring", "paper"), ("scene", "whole image")):
             part = mine[mine["scope"] == scope].dropna(subset=["iou"])
             if len(part):
@@ -157,25 +178,28 @@ def area_quality(areas: pd.DataFrame) -> pd.DataFrame:
     One row: n_glaciers, inventory_area_km2, area_km2, area_std_km2 (published intervals where there are), recall (of
     the inventory's area), false_positive_rate (mean over glaciers, 20 to 50 m), debris_km2, debris_recall (of the
     debris-covered area of glaciers with more than 1 % debris), inside (share of glaciers whose interval holds the
-    inventory's area; meant for the inventory year)
+    inventory's area; meant for the inventory year), without_interval (glaciers that have no published interval, and are
+    not in the deviation nor in that share; where no glacier has one, the region's own intervals are used)
     """
-    shown = _with_intervals(areas, "published")
-    shown = areas if shown is None else shown
-    inventory = shown["inventory_area_km2"].astype(float)
-    with_debris = shown["debris_km2"].astype(float) > 0.01 * inventory
-    found = (shown["debris_recall"].astype(float) * shown["debris_km2"].astype(float))[with_debris].sum()
-    debris = float(shown["debris_km2"].astype(float)[with_debris].sum())
-    inside = (shown["lower_km2"] - 1e-9 <= inventory) & (inventory <= shown["upper_km2"] + 1e-9)
+    interval, lost = _with_intervals(areas, "published")
+    if not len(interval):
+        interval, lost = areas, set()
+    inventory = areas["inventory_area_km2"].astype(float)
+    with_debris = areas["debris_km2"].astype(float) > DEBRIS_SHARE * inventory
+    found = (areas["debris_recall"].astype(float) * areas["debris_km2"].astype(float))[with_debris].sum()
+    debris = float(areas["debris_km2"].astype(float)[with_debris].sum())
+    outline = interval["inventory_area_km2"].astype(float)
+    inside = (interval["lower_km2"] - 1e-9 <= outline) & (outline <= interval["upper_km2"] + 1e-9)
     return pd.DataFrame(
         [
             {
-                "n_glaciers": len(shown), "inventory_area_km2": float(inventory.sum()),
-                "area_km2": float(shown["area_km2"].sum()), "area_std_km2": float(shown["std_km2"].sum()),
-                "recall": float((shown["recall"].astype(float) * inventory).sum() / inventory.sum())
-                if len(shown) else np.nan,
-                "false_positive_rate": float(shown["false_positive_rate"].mean()), "debris_km2": debris,
+                "n_glaciers": len(areas), "inventory_area_km2": float(inventory.sum()),
+                "area_km2": float(areas["area_km2"].sum()), "area_std_km2": float(interval["std_km2"].sum()),
+                "recall": float((areas["recall"].astype(float) * inventory).sum() / inventory.sum())
+                if len(areas) else np.nan,
+                "false_positive_rate": float(areas["false_positive_rate"].mean()), "debris_km2": debris,
                 "debris_recall": float(found / debris) if debris > 0 else np.nan,
-                "inside": float(inside.mean()) if len(shown) else np.nan,
+                "inside": float(inside.mean()) if len(interval) else np.nan, "without_interval": len(lost),
             }
         ]
     )  # fmt: skip

@@ -9,16 +9,19 @@ It follows the conventions of TorchGeo's non-geospatial data sets: a sample is a
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+import xarray as xr
 
 from dl4gam_assets.cubes import channel_stack, cube_mask
-from dl4gam_assets.published.cubes import find_cubes, read_published, to_cube
-from dl4gam_assets.published.layout import OUR_BAND, PublishedFileError
+from dl4gam_assets.cubes.channels import _PAIRS
+from dl4gam_assets.published.cubes import find_cubes, read_ground, read_published, to_cube
+from dl4gam_assets.published.layout import PUBLISHED_BAND, PublishedFileError
 from dl4gam_assets.published.splits import read_splits, read_statistics
 from dl4gam_assets.segmentation import normalize, patch_centres
 from dl4gam_assets.settings import PUBLISHED_CHANNELS
@@ -41,19 +44,23 @@ class PublishedPatches(torch.utils.data.Dataset[dict[str, Any]]):
     statistics : the iteration's normalization table; None: channels as they are
     channels : in our names; the 16 published ones by default
     size, step : pixels of a patch and between centres (published: 256; 32 in training, 64 in validation)
+    extremes : the four outermost points and the centroid of each glacier are centres too (published: in training)
+    keep : cubes that stay in memory, those used last (of 0.2 megapixels with 16 channels: 13 MB each)
     transforms : takes and returns a sample
     n_folds : iterations in the fold map
 
     Raises
     ------
     PublishedFileError
-        if a file is not in the published layout, or the fold has no cube in that role.
+        if a file is not in the published layout, or the fold has no cube in that role. Only masks are read at first:
+        what is wrong with a file's bands shows when its first patch is asked for.
     """
 
     def __init__(
         self, cubes: Path | str, splits: Path | str, fold: int, role: Literal["train", "valid", "test"], *,
         statistics: Path | str | None = None, channels: Sequence[str] = PUBLISHED_CHANNELS, size: int = 256,
-        step: int = 32, transforms: Callable[[dict[str, Any]], dict[str, Any]] | None = None, n_folds: int = 5,
+        step: int = 32, extremes: bool = True, keep: int = 4,
+        transforms: Callable[[dict[str, Any]], dict[str, Any]] | None = None, n_folds: int = 5,
     ) -> None:  # fmt: skip
         table = read_splits(Path(splits), n_folds)
         wanted = set(table.loc[(table["fold"] == fold) & (table["role"] == role), "glacier_id"])
@@ -64,11 +71,12 @@ class PublishedPatches(torch.utils.data.Dataset[dict[str, Any]]):
             )
         self._channels, self._size, self._transforms = list(channels), size, transforms
         self._statistics = None if statistics is None else read_statistics(Path(statistics), self._channels)
-        self._kept: tuple[int, tuple[np.ndarray, np.ndarray, np.ndarray]] | None = None
+        self._keep = max(keep, 1)
+        self._kept: OrderedDict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = OrderedDict()
         self._places: list[tuple[int, int, int]] = []
-        for number, _ in enumerate(self._files):
-            cube = self._cube(number)
-            centres = patch_centres(cube_mask(cube, "zone_50"), cube_mask(cube, "glacier"), step, extremes=True)
+        for number, file in enumerate(self._files):
+            ground = read_ground(file.path, _BUFFERS)
+            centres = patch_centres(cube_mask(ground, "zone_50"), cube_mask(ground, "glacier"), step, extremes=extremes)
             self._places += [(number, int(row), int(column)) for row, column in centres]
 
     def __len__(self) -> int:
@@ -76,13 +84,7 @@ class PublishedPatches(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         number, row, column = self._places[index]
-        if self._kept is None or self._kept[0] != number:  # patches of a glacier follow each other
-            cube = self._cube(number)
-            stack, valid = channel_stack(cube, self._channels)
-            if self._statistics is not None:
-                stack = normalize(stack, self._channels, self._statistics)
-            self._kept = number, (np.nan_to_num(stack), cube_mask(cube, "any_glacier"), ~valid)
-        stack, glacier, bad = self._kept[1]
+        stack, glacier, bad = self._layers(number)
         sample: dict[str, Any] = {
             "image": torch.from_numpy(_cut(stack, row, column, self._size, 0.0)),
             "mask": torch.from_numpy(_cut(glacier.astype(np.int64), row, column, self._size, 0)),
@@ -91,13 +93,26 @@ class PublishedPatches(torch.utils.data.Dataset[dict[str, Any]]):
         }
         return sample if self._transforms is None else self._transforms(sample)
 
-    def _cube(self, number: int) -> Any:
+    def _layers(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Channels, glaciers and unusable pixels of a cube: from memory where it was among the last ones."""
+        if number not in self._kept:
+            cube = self._cube(number)
+            stack, valid = channel_stack(cube, self._channels)
+            if self._statistics is not None:
+                stack = normalize(stack, self._channels, self._statistics)
+            self._kept[number] = np.nan_to_num(stack), cube_mask(cube, "any_glacier"), ~valid
+            while len(self._kept) > self._keep:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(number)
+        return self._kept[number]
+
+    def _cube(self, number: int) -> xr.Dataset:
         file = self._files[number]
-        data = read_published(file.path, _BUFFERS)
-        bands = [OUR_BAND[str(name)] for name in data["band"].to_numpy() if str(name) in OUR_BAND]
-        return to_cube(
-            data, file.glacier_id, file.date, bands, _BUFFERS, pixel_m=abs(float(data.odc.geobox.resolution.x))
-        )
+        data = read_published(file.path, _BUFFERS, self._channels)
+        bands = [str(name) for name in data["band"].to_numpy() if str(name) in PUBLISHED_BAND]
+        wanted = {b for c in self._channels for b in _PAIRS.get(c, (c,))}
+        pixel_m = abs(float(data.odc.geobox.resolution.x))
+        return to_cube(data, file.glacier_id, file.date, [b for b in bands if b in wanted], _BUFFERS, pixel_m=pixel_m)
 
 
 def _cut(layer: np.ndarray, row: int, column: int, size: int, fill: Any) -> np.ndarray:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime as dt
 import re
+from collections.abc import Sequence
 
 #: Bands of the published cubes in their order: Sentinel-2 Level 1C, all 13.
 BAND_NAMES = ("B1", "B", "G", "R", "B5", "B6", "B7", "NIR", "B8A", "B9", "B10", "SWIR", "B12")
@@ -15,9 +16,9 @@ PUBLISHED_BAND = {
     "coastal": "B1", "blue": "B", "green": "G", "red": "R", "rededge1": "B5", "rededge2": "B6", "rededge3": "B7",
     "nir": "NIR", "nir08": "B8A", "nir09": "B9", "cirrus": "B10", "swir16": "SWIR", "swir22": "B12",
 }  # fmt: skip
-OUR_BAND = {theirs: ours for ours, theirs in PUBLISHED_BAND.items()}
 #: Earlier settings of theirs call the bands by Sentinel-2's own numbers.
 _NUMBERS = {"B2": "B", "B3": "G", "B4": "R", "B8": "NIR", "B11": "SWIR"}
+_PADDED = re.compile(r"^B0(?=\d$)")
 #: Our names of the layers that cubes hold beside the bands.
 LAYERS = (
     "dem", "slope", "aspect", "planform_curvature", "profile_curvature", "terrain_ruggedness_index", "dhdt", "v",
@@ -29,7 +30,10 @@ OUR_CHANNEL = {theirs: ours for ours, theirs in PUBLISHED_CHANNEL.items()}
 #: Reflectance of one step of ``band_data``, and the step that stands for missing values there and elsewhere.
 STEP, NODATA = 1e-4, -9999
 
-_DATE = re.compile(r"^(\d{4})-?(\d{2})-?(\d{2})(?!\d)")
+_DATE = re.compile(r"(\d{4})-(\d{2})-(\d{2})(?!\d)|(\d{4})(\d{2})(\d{2})")
+_DATES_IN_NAME = re.compile(r"(?<!\d)(?:\d{8}(?:\d{6})?|\d{4}-\d{2}-\d{2})(?!\d)")
+#: Years that an image from space can be of.
+_YEARS = range(1972, 2101)
 
 
 class PublishedFileError(RuntimeError):
@@ -42,15 +46,31 @@ def mask_name(buffer_m: int) -> str:
 
 
 def date_of(stem: str) -> dt.datetime | None:
-    """Acquisition date at the begin of a file's name, ``2023-08-21`` or ``20230821...``; None where there is none."""
+    """Acquisition date at the begin of a file's name: ``2023-08-21``, ``20230821``, ``20230821T102559``,
+    ``20230821102559``; None where there is none, or none that an image can have."""
     match = _DATE.match(stem)
     try:
-        return dt.datetime(*map(int, match.groups())) if match else None  # type: ignore[arg-type]
+        date = dt.datetime(*(int(part) for part in match.groups() if part is not None)) if match else None  # type: ignore[arg-type]
     except ValueError:
         return None
+    return date if date is not None and date.year in _YEARS else None
+
+
+def dates_in(name: str) -> set[dt.date]:
+    """Dates anywhere in the name of an image: 8 digits, 14 digits, or with dashes."""
+    found = (date_of(text) for text in _DATES_IN_NAME.findall(name))
+    return {date.date() for date in found if date is not None}
 
 
 def channel_name(theirs: str) -> str:
-    """Our name of one of their channels or bands."""
-    name = _NUMBERS.get(theirs, theirs)
+    """Our name of one of their channels or bands, also by Sentinel-2's own numbers (``B4``, ``B04``)."""
+    plain = _PADDED.sub("B", theirs)
+    name = _NUMBERS.get(plain, plain)
     return OUR_CHANNEL.get(name, name)
+
+
+def layers_of(channels: Sequence[str]) -> list[str]:
+    """Layers beside the bands that a cube must hold for these channels of ours, in the order of the published ones."""
+    layers = {"sin_aspect": "aspect", "cos_aspect": "aspect", "velocity": "v"}
+    wanted = {layers.get(c, c) for c in channels}
+    return [layer for layer in LAYERS if layer in wanted]

@@ -12,7 +12,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from dl4gam_assets.published.layout import PUBLISHED_BAND, PUBLISHED_CHANNEL, STEP, PublishedFileError
+from dl4gam_assets.published.layout import (
+    PUBLISHED_BAND,
+    PUBLISHED_CHANNEL,
+    STEP,
+    PublishedFileError,
+    channel_name,
+)
 from dl4gam_assets.segmentation.normalization import STANDARDIZED_FREE
 
 _ROLES = {"fold_train": "train", "fold_valid": "valid", "fold_test": "test"}
@@ -75,8 +81,8 @@ def write_splits(folds: pd.DataFrame, path: Path) -> None:
 def read_statistics(path: Path, channels: Sequence[str]) -> pd.DataFrame:
     """A published normalization table as our table ``normalization``.
 
-    Theirs gives ``mu`` and ``stddev`` of bands and layers (in steps of 1e-4 for the bands; both are brought to
-    reflectance). Indices, slope and aspect enter as they are, so theirs has no use for them.
+    Theirs gives ``mu`` and ``stddev`` of bands (by name or by Sentinel-2's number) and layers (in steps of 1e-4 for the
+    bands; both are brought to reflectance). Indices, slope and aspect enter as they are, so theirs has no use for them.
 
     Returns
     -------
@@ -90,18 +96,19 @@ def read_statistics(path: Path, channels: Sequence[str]) -> pd.DataFrame:
     try:
         table = pd.read_csv(path)
         table = table.assign(mu=table["mu"].astype(float), stddev=table["stddev"].astype(float))
-        known = table.drop_duplicates("var_name", keep=False).set_index("var_name")
+        table = table.assign(channel=[channel_name(str(name)) for name in table["var_name"]])
+        known = table.drop_duplicates("channel", keep=False).set_index("channel")
     except (OSError, ValueError, KeyError) as error:
         raise PublishedFileError(
             f"normalization table {path} can not be read (columns var_name, mu, stddev are needed): "
             f"{' '.join(str(error).split())[:200]}"
         ) from error
     wanted = [c for c in channels if c not in STANDARDIZED_FREE]
-    lacking = [c for c in wanted if PUBLISHED_CHANNEL.get(c, c) not in known.index]
+    lacking = [c for c in wanted if c not in known.index]
     if lacking:
         names = ", ".join(PUBLISHED_CHANNEL.get(c, c) for c in lacking)
         raise PublishedFileError(f"normalization table {path} has no (single) row of {names}")
-    rows = known.loc[[PUBLISHED_CHANNEL.get(c, c) for c in wanted], ["mu", "stddev"]].set_axis(wanted)
+    rows = known.loc[wanted, ["mu", "stddev"]]
     bad = rows[~np.isfinite(rows).all(axis=1) | (rows["stddev"] <= 0)]
     if len(bad):
         raise PublishedFileError(f"normalization table {path}: {bad.index[0]} has no usable mean and deviation")

@@ -158,7 +158,7 @@ def _common_rows(
     settings: str,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Rows that all estimates of the year and fold share."""
-    region = ws.region
+    region, storage = ws.region, ws.storage
     by_asset = {m.asset: m for m in made}
     rows: list[dict[str, Any]] = []
 
@@ -192,6 +192,9 @@ def _common_rows(
         entry = published.member_import(ws.storage, fold, int(r.member))
         if entry is not None:
             add("imported", entry["name"], f"sha256:{entry['sha256']}", address=entry["path"])
+            told = storage.model(fold, int(r.member)) / "model.json"
+            for what, value in published.golden_facts(storage.read_json(told) or {}).items():
+                add("imported", f"{entry['name']}: {what}", value, address=_below(str(storage.root), str(told)))
     f = fold_label(fold)
     add("calibration", f, None, "calibration", f"tables/calibration/fold={fold}/part.parquet")
     add("normalization", f, None, "normalization", f"tables/normalization/fold={fold}/part.parquet")

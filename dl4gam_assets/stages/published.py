@@ -14,6 +14,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -37,7 +38,7 @@ from dl4gam_assets.stages.base import (
 )
 from dl4gam_assets.stages.files import changed_files, full_hash, record_files, sampled_hash
 from dl4gam_assets.storage import Storage, safe_name
-from dl4gam_assets.tables import TABLES, rows_of
+from dl4gam_assets.tables import rows_of
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -71,17 +72,28 @@ def match_ids(entries: Iterable[str], known: Iterable[str]) -> tuple[dict[str, s
 
     They match as they are, or by number: the published ``g_0123`` is 123 in the inventory's column GLACIER_NR. Names of
     files that we export are percent-encoded.
+
+    Raises
+    ------
+    PublishedFileError
+        if several entries are one glacier of the inventory.
     """
+    from dl4gam_assets.published import PublishedFileError
+
     there = set(known)
-    found, lost = {}, []
+    found: dict[str, str] = {}
+    taken: dict[str, str] = {}
+    lost = []
     for entry in entries:
         number = _ENTRY.fullmatch(entry)
         candidates = [entry, *([number[1]] if number else []), unquote(entry)]
         match = next((c for c in candidates if c in there), None)
         if match is None:
             lost.append(entry)
-        else:
-            found[entry] = match
+            continue
+        if taken.setdefault(match, entry) != entry:
+            raise PublishedFileError(f"{taken[match]} and {entry} are both glacier {match} of the inventory: keep one")
+        found[entry] = match
     return found, lost
 
 
@@ -91,7 +103,8 @@ def register_cubes(
     """Register the published cubes of a folder or tar archive as a year's.
 
     The year is that of the images. Images of several years are of the inventory: they become the baseline year's if
-    they are the years of the inventory's own dates.
+    they are the years of the inventory's own dates. An archive is unpacked into the store, and what another one left
+    there is removed.
 
     Returns
     -------
@@ -101,17 +114,40 @@ def register_cubes(
     Raises
     ------
     PublishedFileError
-        if the files are not of this layout, years are mixed, or glaciers are not of this inventory.
+        if the files are not of this layout, none can be opened, years are mixed, glaciers are not of this inventory, or
+        the same files are another year's already. What was registered before then stays.
     """
-    from dl4gam_assets.published import PublishedFileError, find_cubes, unpack_cubes
+    from dl4gam_assets.published import PublishedFileError, unpack_cubes
 
-    path = path.expanduser().absolute()
+    path = folder = path.expanduser().absolute()
+    unpacked = ws.storage.path("imports", "unpacked")
     if path.is_file():
         if not ws.storage.is_local:
             raise PublishedFileError(f"{path} is an archive and the store is no folder: unpack it, and name the folder")
-        name = path.name.split(".")[0]
-        path = unpack_cubes(path, Path(str(ws.storage.path("imports", "unpacked", name))), say)
-    files = find_cubes(path)
+        folder = unpack_cubes(path, Path(str(unpacked)), say)
+    try:
+        manifest, told = _cubes_manifest(ws, folder, year, path)
+        ws.storage.write_json(ws.storage.path("imports", "cubes", f"{manifest['year']}.json"), manifest)
+    finally:
+        if ws.storage.is_local:
+            _sweep(ws, Path(str(unpacked)))
+    return told
+
+
+def _sweep(ws: Workspace, unpacked: Path) -> None:
+    """Remove unpacked archives that no year is registered with."""
+    found = (cubes_import(ws.storage, year) for year in ws.region.years.all())
+    used = {manifest["path"] for manifest in found if manifest is not None}
+    for folder in unpacked.iterdir() if unpacked.is_dir() else ():
+        if str(folder) not in used:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _cubes_manifest(ws: Workspace, folder: Path, year: int | None, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What to register of a folder, and what to say; ``path`` is what was named, for messages."""
+    from dl4gam_assets.published import PublishedFileError, find_cubes, trouble_with
+
+    files = find_cubes(folder)
     glaciers = ws.storage.read_table("glaciers")
     matched, lost = match_ids([f.glacier_id for f in files], glaciers["glacier_id"])
     if lost:
@@ -123,50 +159,74 @@ def register_cubes(
     kept = [f for f in files if matched[f.glacier_id] in modelled]
     if not kept:
         raise PublishedFileError(f"{path}: none of its {len(files)} glaciers is modelled (inventory.min_area_km2)")
-    wanted = (
-        year if year is not None else _year_of([f.date.year for f in kept], glaciers, ws.region.years.baseline, path)
-    )
+    baseline, inventory = ws.region.years.baseline, _inventory_years(glaciers)
     years = {f.date.year for f in kept}
-    if wanted != ws.region.years.baseline and years != {wanted}:
-        raise PublishedFileError(
-            f"{path}: its images are of {', '.join(map(str, sorted(years)))}, not of {wanted} alone"
-        )
+    wanted = year if year is not None else _year_of([f.date.year for f in kept], glaciers, baseline, path)
     if wanted not in ws.region.years.all():
         raise PublishedFileError(f"{path}: {wanted} is no year of the region (years.first, years.last)")
+    allowed = inventory | {baseline} if wanted == baseline else {wanted}
+    if not years <= allowed:
+        of = f"of the inventory's years ({_words(allowed)})" if wanted == baseline else f"of {wanted} alone"
+        raise PublishedFileError(f"{path}: its images are of {_words(years)}, not {of}")
+    if all(trouble := [trouble_with(f.path) for f in kept]):
+        raise PublishedFileError(f"{path}: none of its {len(kept)} files can be read; {kept[0].path}: {trouble[0]}")
     entries = {
-        matched[f.glacier_id]: [f.path.relative_to(path).as_posix(), f.date.isoformat(), f.path.stat().st_size]
+        matched[f.glacier_id]: [f.path.relative_to(folder).as_posix(), f.date.isoformat(), f.path.stat().st_size]
         for f in kept
     }
-    manifest = {"path": str(path), "year": wanted, "glaciers": entries, "fingerprint": fingerprint(entries)}
-    ws.storage.write_json(ws.storage.path("imports", "cubes", f"{wanted}.json"), manifest)
-    return {
+    manifest = {"path": str(folder), "year": wanted, "glaciers": entries, "fingerprint": fingerprint(entries)}
+    for other in ws.region.years.all():
+        there = cubes_import(ws.storage, other) if other != wanted else None
+        if there is not None and any(there[key] == manifest[key] for key in ("path", "fingerprint")):
+            raise PublishedFileError(
+                f"{path} holds the cubes that are registered as those of {other}: if that was wrong, remove "
+                f"{ws.storage.path('imports', 'cubes', f'{other}.json')} first"
+            )
+    told = {
         "year": wanted, "cubes": len(entries), "not_modelled": len(files) - len(kept),
         "without": len(modelled - set(entries)),
     }  # fmt: skip
+    return manifest, told
+
+
+def _words(years: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(years)))
+
+
+def _inventory_years(glaciers: pd.DataFrame) -> set[int]:
+    return set(glaciers["inventory_date"].dropna().dt.year.astype(int))
 
 
 def _year_of(years: Sequence[int], glaciers: pd.DataFrame, baseline: int, path: Path) -> int:
     from dl4gam_assets.published import PublishedFileError
 
-    inventory = set(glaciers["inventory_date"].dropna().dt.year.astype(int))
+    inventory = _inventory_years(glaciers)
     found = sorted(set(years))
     if len(found) == 1 and (found[0] not in inventory or found[0] == baseline or len(inventory) == 1):
         return found[0]
     if set(found) <= inventory | {baseline}:
         return baseline
     raise PublishedFileError(
-        f"{path}: its images are of {', '.join(map(str, found))}, the inventory's of "
-        f"{', '.join(map(str, sorted(inventory))) or 'unknown years'}: say the year they stand for with --year"
+        f"{path}: its images are of {_words(found)}, the inventory's of {_words(inventory) or 'unknown years'}: say "
+        "the year they stand for with --year"
     )
 
 
 def register_splits(ws: Workspace, path: Path) -> dict[str, Any]:
     """Register a published fold map, and the normalization tables ``stats_agg_split_<i>.csv`` if ``path`` is a folder.
 
+    Tables that came with another map are removed: they are of other training glaciers.
+
+    Returns
+    -------
+    ``glaciers``, ``without`` (modelled glaciers in no fold), ``normalization`` (tables registered), ``removed`` (tables
+    of a former import that are not any more)
+
     Raises
     ------
     PublishedFileError
-        if there is none, one is wrong, or it names glaciers that the inventory does not have.
+        if there is none, one is wrong, it names glaciers that the inventory does not have, or a split is left without
+        training, validation or test glaciers.
     """
     from dl4gam_assets.published import PublishedFileError, read_splits, read_statistics
 
@@ -194,6 +254,12 @@ def register_splits(ws: Workspace, path: Path) -> dict[str, Any]:
     modelled = set(glaciers.loc[glaciers["modelled"].astype(bool), "glacier_id"])
     folds = folds.assign(glacier_id=folds["glacier_id"].map(matched))
     folds = folds[folds["glacier_id"].isin(modelled)]
+    for fold in range(1, n + 1):
+        lacking = {"train", "valid", "test"} - set(folds.loc[folds["fold"] == fold, "role"])
+        if lacking:
+            raise PublishedFileError(
+                f"fold map {path}: split_{fold} has no modelled glacier that is fold_{min(lacking)}: is it complete?"
+            )
     statistics = {i: read_statistics(file, ws.region.model.channels) for i, file in tables.items()}
     for i, frame in statistics.items():
         rows = frame.drop(columns="n_pixels").to_dict("records")
@@ -201,12 +267,20 @@ def register_splits(ws: Workspace, path: Path) -> dict[str, Any]:
             ws.storage.path("imports", "normalization", f"{i}.json"),
             {"file": tables[i].name, "sha256": full_hash(tables[i]), "rows": rows},
         )
+    rows = folds.to_dict("records")
+    removed = 0
+    if (before := folds_import(ws.storage)) is not None and before["rows"] != rows:
+        stale = [i for i in range(1, n + 1) if i not in tables and statistics_import(ws.storage, i) is not None]
+        for i in stale:
+            ws.storage.path("imports", "normalization", f"{i}.json").unlink()
+        removed = len(stale)
     ws.storage.write_json(
-        ws.storage.path("imports", "folds.json"),
-        {"file": path.name, "sha256": full_hash(path), "rows": folds.to_dict("records")},
+        ws.storage.path("imports", "folds.json"), {"file": path.name, "sha256": full_hash(path), "rows": rows}
     )
     ids = set(folds["glacier_id"])
-    return {"glaciers": len(ids), "without": len(modelled - ids), "normalization": len(tables)}
+    return {
+        "glaciers": len(ids), "without": len(modelled - ids), "normalization": len(tables), "removed": removed,
+    }  # fmt: skip
 
 
 def register_checkpoints(ws: Workspace, path: Path, indices: Sequence[str] | None = None) -> dict[str, Any]:
@@ -216,12 +290,25 @@ def register_checkpoints(ws: Workspace, path: Path, indices: Sequence[str] | Non
     ----------
     indices : order of the optical indices, where the settings beside the checkpoints do not say it
 
+    Returns
+    -------
+    ``folds``, ``members`` (of each), ``checkpoints``, ``set_aside`` (checkpoints of a lower score beside the best one),
+    ``removed`` (folds whose former import is not in this set, and was removed)
+
     Raises
     ------
     PublishedFileError
-        if a fold has another number of checkpoints than the region has members, or settings contradict the region's.
+        if a fold has another number of checkpoints than the region has members, two are the same file, or one is not
+        read, does not fit, or contradicts its folder or the region. Nothing is registered then, and what was stays.
     """
-    from dl4gam_assets.published import PublishedFileError, channels_of, find_checkpoints, read_settings
+    from dl4gam_assets.published import (
+        PublishedFileError,
+        adopt,
+        channels_of,
+        find_checkpoints,
+        read_settings,
+        read_weights,
+    )
 
     found = find_checkpoints(path.expanduser().absolute())
     folds, members = ws.region.folds.n, ws.region.training.members
@@ -236,20 +323,34 @@ def register_checkpoints(ws: Workspace, path: Path, indices: Sequence[str] | Non
                 f"{path}: split_{fold} has {len(ones)} checkpoints, the region has {members} members (training.members)"
             )
     entries = []
+    same: dict[str, Path] = {}
     for fold, ones in sorted(by_fold.items()):
         for member, one in enumerate(sorted(ones, key=lambda c: c.seed), start=1):
-            model = read_settings(one.settings)
+            model = read_settings(one.settings, split=one.split, seed=one.seed)
             channels = channels_of(model, one.settings or one.path, *([indices] if indices else []))
+            sha256 = full_hash(one.path)
+            if same.setdefault(sha256, one.path) != one.path:
+                raise PublishedFileError(f"{one.path} is the same file as {same[sha256]}: members must differ")
+            adopt(read_weights(one.path)[0], model, channels, ws.region.model, one.path)
             stated = isinstance((model.get("inputs") or {}).get("optical_indices"), list)
             entry = {
                 "path": str(one.path), "name": f"split_{one.split}/seed_{one.seed}/{one.path.name}", "seed": one.seed,
-                "sha256": full_hash(one.path), "epoch": one.epoch, "validation_iou": one.validation_iou,
+                "sha256": sha256, "epoch": one.epoch, "validation_iou": one.validation_iou,
                 "channels": channels, "order_stated": bool(stated or indices), "model": model,
             }  # fmt: skip
             entries.append((fold, member, json.loads(json.dumps(entry, default=str))))
     for fold, member, entry in entries:
         ws.storage.write_json(ws.storage.path("imports", "members", f"{fold}.{member}.json"), entry)
-    return {"folds": sorted(by_fold), "members": members, "checkpoints": len(found)}
+    removed = set()
+    for file in ws.storage.path("imports", "members").glob("*.json"):
+        fold, member = map(int, file.name.removesuffix(".json").split("."))
+        if fold not in by_fold or member > members:
+            file.unlink()
+            removed.add(fold)
+    return {
+        "folds": sorted(by_fold), "members": members, "checkpoints": len(found),
+        "set_aside": sum(one.set_aside for one in found), "removed": sorted(removed),
+    }  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------- cubes
@@ -297,12 +398,13 @@ def _cube(site: Site, year: int, glacier_id: str, attrs: dict[str, Any] | None =
     from dl4gam_assets.published import read_published, to_cube
 
     manifest, region = _manifest(site, year), site.region
-    data = read_published(_file(manifest, glacier_id), region.inventory.buffers_m)
-    outline = rows_of(cached_table(site, "glaciers"), glacier_id).geometry.to_crs(str(data.odc.geobox.crs)).iloc[0]
+    data = read_published(_file(manifest, glacier_id), region.inventory.buffers_m, region.model.channels)
+    mine = rows_of(cached_table(site, "glaciers"), glacier_id)
     return to_cube(
         data, glacier_id, dt.datetime.fromisoformat(manifest["glaciers"][glacier_id][1]),
         list(region.imagery.sensor.bands), region.inventory.buffers_m, pixel_m=region.imagery.sensor.pixel_m,
-        outline=outline, attrs=attrs,
+        outline=mine.geometry.to_crs(str(data.odc.geobox.crs)).iloc[0],
+        area_km2=float(mine["inventory_area_km2"].iloc[0]), attrs=attrs,
     )  # fmt: skip
 
 
@@ -377,6 +479,25 @@ def cube_of(site: Site, year: int, glacier_id: str, wanted: str) -> dict[str, An
     }  # fmt: skip
 
 
+def _assert_some(rows: Mapping[str, Any], failures: pd.DataFrame, year: int, manifest: Mapping[str, Any]) -> None:
+    """An import of which nothing can be used must not replace what is there."""
+    if not rows:
+        first = f" (the first: {failures['error'].iloc[0]})" if len(failures) else ""
+        raise UpstreamError(
+            f"none of the {len(manifest['glaciers'])} published cubes of {year} in {manifest['path']} can be "
+            f"used{first}: what was made before is left as it is"
+        )
+
+
+def _record(ws: Workspace, asset: str, label: str, manifest: Mapping[str, Any], ids: Iterable[str]) -> None:
+    """Keep what the files behind a partition of terrain are, by glacier."""
+    record_files(ws, asset, label, {_file(manifest, g): [g] for g in ids}, sampled_hash)
+
+
+def _changed(ws: Workspace, asset: str, label: str) -> list[str]:
+    return [str(file) for file in changed_files(ws, asset, label, sampled_hash)]
+
+
 def scene_candidates(ws: Workspace, year: int, manifest: Mapping[str, Any], *, force: bool = False) -> StageResult:
     """The published files as candidates."""
     label = str(year)
@@ -387,7 +508,8 @@ def scene_candidates(ws: Workspace, year: int, manifest: Mapping[str, Any], *, f
         rows, failures = ws.over_glaciers(
             "scene_candidates", label, candidate_of, [(g, (ws.site, year, g)) for g in ids]
         )
-        frame = pd.DataFrame(list(rows.values())) if rows else TABLES["candidates"].empty().drop(columns="year")
+        _assert_some(rows, failures, year, manifest)
+        frame = pd.DataFrame(list(rows.values()))
         ws.storage.write_table("candidates", frame, {"year": year})
         record_files(
             ws, "scene_candidates", label, {_file(manifest, g): [_scene_id(manifest, g)] for g in rows}, sampled_hash
@@ -398,9 +520,23 @@ def scene_candidates(ws: Workspace, year: int, manifest: Mapping[str, Any], *, f
         }  # fmt: skip
         return frame_fingerprint(frame, ["hrefs"]), metadata, {}
 
-    inputs = {"imported": manifest["fingerprint"], "glaciers": ws.upstream("inventory_outlines")}
-    changed = [str(file) for file in changed_files(ws, "scene_candidates", label, sampled_hash)]
+    # The folder too: addresses follow files that were moved, and nothing after them does.
+    inputs = {
+        "imported": manifest["fingerprint"], "folder": manifest["path"], "glaciers": ws.upstream("inventory_outlines"),
+    }  # fmt: skip
+    changed = _changed(ws, "scene_candidates", label)
     return run_stage(ws, "scene_candidates", label, inputs, work, force=force, changed=changed)
+
+
+def refused_cubes(storage: Storage, year: int) -> tuple[int, pd.DataFrame]:
+    """How many cubes of a year were converted, and the failures of those that were not: glacier_id, error."""
+    manifest = cubes_import(storage, year)
+    ids = set(manifest["glaciers"]) if manifest is not None else set()
+    failures = storage.read_table("failures")
+    mine = failures["stage"].isin(["scene_candidates", "glacier_cubes"]) & (failures["partition"] == str(year))
+    refused = failures[mine & failures["glacier_id"].isin(ids)].drop_duplicates("glacier_id")
+    there = set(storage.read_table("cubes", year=year)["glacier_id"])
+    return len((ids & there) - set(refused["glacier_id"])), refused[["glacier_id", "error"]]
 
 
 def selected_scenes(ws: Workspace, year: int, *, force: bool = False) -> StageResult:
@@ -434,8 +570,9 @@ def elevation(ws: Workspace, manifest: Mapping[str, Any], *, force: bool = False
     def work() -> tuple[str, dict[str, Any], dict[str, bytes]]:
         ids = sorted(manifest["glaciers"])
         rows, failures = ws.over_glaciers("elevation", "all", ground_of, [(g, (ws.site, year, g)) for g in ids])
-        frame = pd.DataFrame(list(rows.values())) if rows else TABLES["elevations"].empty()
-        ws.storage.write_table("elevations", frame)
+        _assert_some(rows, failures, year, manifest)
+        ws.storage.write_table("elevations", pd.DataFrame(list(rows.values())))
+        _record(ws, "elevation", "all", manifest, rows)
         stored = ws.storage.read_table("elevations")
         metadata = {
             "glaciers": len(stored), "failed_glaciers": len(failures), "source": "published cubes",
@@ -447,7 +584,7 @@ def elevation(ws: Workspace, manifest: Mapping[str, Any], *, force: bool = False
         "imported": manifest["fingerprint"], "glaciers": ws.upstream("inventory_outlines"),
         "buffers": ws.region.inventory.buffers_m, "pixel_m": ws.region.imagery.sensor.pixel_m,
     }  # fmt: skip
-    return run_stage(ws, "elevation", "all", inputs, work, force=force)
+    return run_stage(ws, "elevation", "all", inputs, work, force=force, changed=_changed(ws, "elevation", "all"))
 
 
 def elevation_change(ws: Workspace, year: int, manifest: Mapping[str, Any], *, force: bool = False) -> StageResult:
@@ -457,8 +594,9 @@ def elevation_change(ws: Workspace, year: int, manifest: Mapping[str, Any], *, f
     def work() -> tuple[str, dict[str, Any], dict[str, bytes]]:
         ids = sorted(manifest["glaciers"])
         rows, failures = ws.over_glaciers("elevation_change", label, change_of, [(g, (ws.site, year, g)) for g in ids])
-        frame = pd.DataFrame(list(rows.values())) if rows else TABLES["elevation_changes"].empty().drop(columns="year")
-        ws.storage.write_table("elevation_changes", frame, {"year": year})
+        _assert_some(rows, failures, year, manifest)
+        ws.storage.write_table("elevation_changes", pd.DataFrame(list(rows.values())), {"year": year})
+        _record(ws, "elevation_change", label, manifest, rows)
         stored = ws.storage.read_table("elevation_changes", year=year)
         known = stored["dhdt_mean_m_per_year"].dropna()
         metadata = {
@@ -472,7 +610,8 @@ def elevation_change(ws: Workspace, year: int, manifest: Mapping[str, Any], *, f
         "imported": manifest["fingerprint"], "elevation": ws.upstream("elevation"),
         "periods": [[p.start, p.end] for p in terrain.elevation_change], "match": terrain.elevation_change_match,
     }  # fmt: skip
-    return run_stage(ws, "elevation_change", label, inputs, work, force=force)
+    changed = _changed(ws, "elevation_change", label)
+    return run_stage(ws, "elevation_change", label, inputs, work, force=force, changed=changed)
 
 
 def glacier_cubes(ws: Workspace, year: int, manifest: Mapping[str, Any], *, force: bool = False) -> StageResult:
@@ -490,16 +629,15 @@ def glacier_cubes(ws: Workspace, year: int, manifest: Mapping[str, Any], *, forc
             wanted = fingerprint({"version": STAGE_VERSION, "file": scenes.at[glacier_id, "checksums"], **settings})
             tasks.append((glacier_id, (ws.site, year, glacier_id, wanted)))
         rows, failures = ws.over_glaciers("glacier_cubes", label, cube_of, tasks)
-        frame = pd.DataFrame(list(rows.values())) if rows else TABLES["cubes"].empty().drop(columns="year")
+        _assert_some(rows, failures, year, manifest)
+        frame = pd.DataFrame(list(rows.values()))
         ws.storage.write_table("cubes", frame, {"year": year})
-        pictures = {}
-        if len(frame):
-            largest = frame.loc[(frame["height_px"] * frame["width_px"]).idxmax(), "glacier_id"]
-            pictures["largest glacier"] = cube_preview(ws.site, year, str(largest))
+        largest = frame.loc[(frame["height_px"] * frame["width_px"]).idxmax(), "glacier_id"]
+        pictures = {"largest glacier": cube_preview(ws.site, year, str(largest))}
         metadata = {
             "glaciers": len(frame), "failed_glaciers": len(failures), "imported_from": manifest["path"],
-            "mean_unusable_share": float(frame["not_ok_share"].mean()) if len(frame) else None,
-            "size_mb": round(float(frame["size_bytes"].sum()) / 1e6, 1) if len(frame) else 0.0,
+            "mean_unusable_share": float(frame["not_ok_share"].mean()),
+            "size_mb": round(float(frame["size_bytes"].sum()) / 1e6, 1),
         }  # fmt: skip
         return frame_fingerprint(frame[["glacier_id", "fingerprint"]]), metadata, pictures
 
@@ -534,6 +672,8 @@ def imported_folds(manifest: Mapping[str, Any]) -> pd.DataFrame:
 
 #: Validation glaciers on which the order of a checkpoint's indices is tried, and a difference of IoU that tells.
 _TRIED_ON, _TELLING = 3, 0.01
+#: A checkpoint that reaches less than this share of the IoU in its name, on glaciers that it was chosen on, is not it.
+_OF_ITS_NAME = 0.5
 
 
 def adopt_one(site: Site, fold: int, member: int, wanted: str) -> dict[str, Any]:
@@ -579,8 +719,24 @@ def adopt_one(site: Site, fold: int, member: int, wanted: str) -> dict[str, Any]
         "proof": {
             "imported_from": entry["name"], "checkpoint_sha256": entry["sha256"],
             "largest_difference_from_published_network": proof["largest_difference"],
+            "published_channel_order": ", ".join(proof["channels"]),
+            "golden_input_sha256": proof["input_sha256"], "golden_output_sha256": proof["output_sha256"],
+            "golden_output_mean": proof["output_mean"],
+            "golden_response": [{"channel": c, "response": r} for c, r in proof["response"].items()],
             **{f"validation_iou_with_{order}": v for order, v in proof["validation_iou_by_order"].items()},
         },
+    }  # fmt: skip
+
+
+def golden_facts(model: Mapping[str, Any]) -> dict[str, str]:
+    """What the forward pass on the golden input said, for the lineage: from a member's ``model.json``."""
+    proof = model.get("golden")
+    if not proof:
+        return {}
+    return {
+        "golden input": f"sha256:{proof['input_sha256']}", "golden output": f"sha256:{proof['output_sha256']}",
+        "mean of the golden output": str(proof["output_mean"]), "order of channels": ",".join(proof["channels"]),
+        "response to each channel": json.dumps(proof["response"]),
     }  # fmt: skip
 
 
@@ -590,7 +746,7 @@ def _tried_orders(site: Site, fold: int, weights: Mapping[str, Any], entry: Mapp
     Raises
     ------
     PublishedFileError
-        if another order fits clearly better.
+        if another order fits clearly better, or none comes near to the IoU in the checkpoint's name.
     """
     from dl4gam_assets.published import PublishedFileError, adopt
     from dl4gam_assets.segmentation import build_model
@@ -612,6 +768,12 @@ def _tried_orders(site: Site, fold: int, weights: Mapping[str, Any], entry: Mapp
         raise PublishedFileError(
             f"{entry['name']}: on validation glaciers its IoU is {found[first]:.3f} with the indices in the order "
             f"{first}, and {found[best]:.3f} with {best}: import it with --indices {best}"
+        )
+    stated = entry["validation_iou"]
+    if stated and found[best] < _OF_ITS_NAME * stated:
+        raise PublishedFileError(
+            f"{entry['name']}: on validation glaciers its IoU is {found[best]:.3f} at best, and {stated:.3f} by its "
+            "name: are the cubes, the folds and the normalization those that it was trained with?"
         )
     return found
 

@@ -228,6 +228,9 @@ def _concerned(
         return certain, frozenset(touched["glacier_id"]) - certain
     if asset == "selected_scenes" and keys and not any(k.startswith("candidates") for k in keys):
         return _other_choice(ws, numbers[0]), NONE
+    if asset in {"elevation", "elevation_change"} and not keys and now.changed:  # of published cubes, by glacier
+        touched_files = changed_files(ws, asset, label, sampled_hash)
+        return frozenset(everything & {g for file in touched_files for g in file.labels}), NONE
     if asset in {"elevation", "elevation_change"} and keys:
         found = _of_tiles(ws, graph, asset, keys, numbers)
         if found is not None:

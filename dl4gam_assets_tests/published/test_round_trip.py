@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
+import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +20,11 @@ from safetensors.torch import load_file
 from dl4gam_assets.cubes import cube_channels, open_cube
 from dl4gam_assets.segmentation import build_model
 from dl4gam_assets.settings import ModelSettings
+from dl4gam_assets.stages.base import fold_member_label
+from dl4gam_assets.stages.published import cubes_import
 from dl4gam_assets.stages.reproduce import reproduce
 from dl4gam_assets.stages.staleness import find_stale
-from dl4gam_assets_tests.published.files import write_checkpoint, write_checkpoints
+from dl4gam_assets_tests.published.files import write_as_rioxarray, write_checkpoint, write_checkpoints
 from dl4gam_assets_tests.small_region import YEARS, Small
 
 
@@ -32,16 +37,26 @@ class Trip:
 
 @pytest.fixture(scope="module")
 def trip(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trip]:
-    """Cubes and tables exported, checkpoints saved by Lightning, all imported into an empty store and materialized."""
+    """Cubes and tables exported, checkpoints saved by Lightning, all imported into an empty store and materialized.
+
+    2015 comes as a folder, 2016 as an archive, 2017 with thirteen bands and nothing that names its missing values.
+    """
     files = tmp_path_factory.mktemp("published")
     for year in YEARS:
         done = small.cli("export-published", str(files), "--year", str(year))
         assert done.exit_code == 0, done.output
     write_checkpoints(small.storage, small.region, files / "models")
-    taken = Small(tmp_path_factory.mktemp("taken"))
     wide = files / "glacier_wide"
+    with tarfile.open(files / "2016.tar.gz", "w:gz") as tar:
+        tar.add(wide / "2016", "data/glacier_wide/2016")
+    for file in sorted((wide / "2017").rglob("*.nc")):
+        write_as_rioxarray(file, files / "again" / file.parent.name / file.name, plain=True)
+    shutil.rmtree(wide / "2017")
+    shutil.move(files / "again", wide / "2017")
+    taken = Small(tmp_path_factory.mktemp("taken"))
+    first = ["import-cubes", str(files / "2016.tar.gz")]
     for words in (
-        ["import-cubes", str(wide / "2016")],  # before the baseline year: registered, and converted with it
+        first,  # before the baseline year: registered, and converted with it
         ["import-cubes", str(wide / "2015"), "--year", "2015"],
         ["import-cubes", str(wide / "2017")],
         ["import-splits", str(files)],
@@ -49,7 +64,7 @@ def trip(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tri
         ["materialize"],
     ):
         done = taken.cli(*words)
-        early = words[1:] == [str(wide / "2016")] and "now import the cubes of the baseline year" in done.output
+        early = words is first and "now import the cubes of the baseline year" in done.output
         assert done.exit_code == 0 or early, done.output
     yield Trip(small, taken, files)
 
@@ -65,6 +80,27 @@ def test_areas_are_the_same_to_the_pixel(trip: Trip) -> None:
     changes = [s.storage.read_table("changes")[["glacier_id", "year", "rate_km2_per_year", "rate_std_km2_per_year"]]
                for s in (trip.native, trip.taken)]  # fmt: skip
     pd.testing.assert_frame_equal(changes[0], changes[1])
+
+
+def test_the_comparison_is_the_same(trip: Trip) -> None:
+    told = []
+    for one in (trip.native, trip.taken):
+        done = one.cli("compare-published", "--year", "2017", "--json")
+        assert done.exit_code == 0, done.output
+        told.append(json.loads(done.output))
+    for what in ("paper", "areas", "rates", "areas_as_published"):
+        assert told[0][what] == told[1][what], what
+    ours, theirs = ([r for r in t["maps"] if r["method"] == "ensemble"] for t in told)
+    assert len(ours) == 2 and ours == theirs
+
+
+def test_an_archive_is_unpacked_into_the_store(trip: Trip) -> None:
+    manifest = cubes_import(trip.taken.storage, 2016)
+    assert manifest is not None
+    folder = Path(manifest["path"])
+    checksum = hashlib.sha256((trip.files / "2016.tar.gz").read_bytes()).hexdigest()
+    assert folder == Path(str(trip.taken.storage.path("imports", "unpacked"))) / checksum[:16]
+    assert len(list(folder.rglob("*.nc"))) == len(manifest["glaciers"]) == 9
 
 
 def test_maps_cubes_and_channels_are_the_same(trip: Trip) -> None:
@@ -110,6 +146,22 @@ def test_lineage_names_the_published_files(trip: Trip) -> None:
     model = json.loads((trip.taken.storage.model(1, 1) / "model.json").read_text())
     assert model["golden"]["largest_difference"] < 1e-5 and len(model["golden"]["response"]) == 16
     assert all(value > 0 for value in model["golden"]["response"].values())
+    sources = trip.taken.storage.read_table("lineage_sources", year=2016, fold=1)
+    name = f"split_1/seed_1/{Path(model['imported']['name']).name}"
+    told = sources[sources["kind"] == "imported"].set_index("name")["checksum"]
+    assert told[f"{name}: golden input"] == f"sha256:{model['golden']['input_sha256']}"
+    assert told[f"{name}: golden output"] == f"sha256:{model['golden']['output_sha256']}"
+    assert told[f"{name}: mean of the golden output"] == str(model["golden"]["output_mean"])
+    assert told[f"{name}: order of channels"].split(",") == trip.native.region.model.channels
+    assert json.loads(told[f"{name}: response to each channel"]) == model["golden"]["response"]
+    state = trip.taken.storage.read_state("ensemble_member", fold_member_label(1, 1))
+    assert state is not None
+    metadata = state["metadata"]
+    assert metadata["golden_input_sha256"] == model["golden"]["input_sha256"]
+    assert metadata["golden_output_sha256"] == model["golden"]["output_sha256"]
+    assert metadata["golden_output_mean"] == model["golden"]["output_mean"]
+    assert metadata["published_channel_order"] == ", ".join(trip.native.region.model.channels)
+    assert {r["channel"]: r["response"] for r in metadata["golden_response"]} == model["golden"]["response"]
     members = trip.taken.storage.read_table("members")
     assert members["seed"].tolist() == [1, 2, 1, 2] and members["validation_iou"].tolist() == [0.9012] * 4
     assert members["encoder_weights"].str.startswith("imported from split_").all()
@@ -135,6 +187,44 @@ def test_a_changed_file_makes_its_glacier_stale(trip: Trip, tmp_path: Path) -> N
         assert set(zip(stale["glacier_id"], stale["year"], strict=True)) == {(file.parent.name, 2017)}
     finally:
         file.write_bytes(content)
+
+
+@pytest.mark.timeout(1200)
+def test_a_baseline_with_images_of_several_years(trip: Trip, tmp_path: Path) -> None:
+    """As the published inventory cubes: rates go from each image's own date, and what is too short has none."""
+    taken, wide = trip.taken.copy(tmp_path / "copy"), tmp_path / "inv"
+    shutil.copytree(trip.files / "glacier_wide" / "2015", wide)
+    dates = {}
+    for file, day in zip(sorted(wide.rglob("*.nc")), ("2016-08-27", "2017-10-07"), strict=False):
+        with xr.open_dataset(file, decode_coords="all", mask_and_scale=False) as source:
+            data = source.load()
+        data.attrs["fn"] = f"{day}_raw.tif"
+        file.unlink()
+        data.to_netcdf(file.with_name(f"{day}.nc"))
+        dates[file.parent.name] = pd.Timestamp(day)
+    glaciers = taken.storage.read_table("glaciers")
+    acquired = [dates.get(g, day) for g, day in zip(glaciers["glacier_id"], glaciers["inventory_date"], strict=True)]
+    taken.storage.write_table("glaciers", glaciers.assign(inventory_date=pd.to_datetime(acquired)))
+    before = taken.storage.read_table("changes", year=2017).set_index("glacier_id")
+    done = taken.cli("import-cubes", str(wide))
+    assert done.exit_code == 0 and "9 cubes of 2015" in done.output, done.output
+    done = taken.cli("materialize", "--year", "2015", "--year", "2017")
+    assert done.exit_code == 0, done.output
+    cubes = taken.storage.read_table("cubes", year=2015).set_index("glacier_id")
+    assert {g: cubes.at[g, "image_date"] for g in dates} == dates
+    assert (
+        taken.storage.read_table("baseline_areas").set_index("glacier_id")["image_date"][list(dates)].to_dict() == dates
+    )
+    changes = taken.storage.read_table("changes", year=2017).set_index("glacier_id")
+    one, short = dates
+    assert short not in changes.index and set(changes.index) == set(before.index) - {short}
+    row = changes.loc[one]
+    years = (pd.Timestamp(row["image_date"]) - dates[one]).days / 365.25
+    assert 0.9 < row["years"] < 1.0 and row["years"] == pytest.approx(years, abs=0.005)
+    assert row["baseline_date"] == dates[one] and row["area_km2"] == before.at[one, "area_km2"]
+    assert row["rate_km2_per_year"] == pytest.approx((row["area_km2"] - row["baseline_area_km2"]) / row["years"])
+    others = changes.index.difference([one])
+    pd.testing.assert_series_equal(changes.loc[others, "rate_km2_per_year"], before.loc[others, "rate_km2_per_year"])
 
 
 def test_years_of_our_own_do_not_mix_with_it(trip: Trip, tmp_path: Path) -> None:
