@@ -460,7 +460,11 @@ class TrainingSettings(_Strict):
     )
     focal_gamma: float = Field(2.0, ge=0)
     focal_alpha: float | None = Field(0.25, gt=0, lt=1, description="Weight of glacier pixels; null: none.")
-    augmentation: bool = Field(False, description="The 8 symmetries, with aspect and curvature treated right.")
+    augmentation: bool = Field(
+        False,
+        description="The 8 symmetries of the square. Sine and cosine of the aspect turn with the picture; slope, "
+        "curvatures, ruggedness and dh/dt are the same from every side.",
+    )
     diversity: Literal["deep_ensemble", "bootstrap"] = Field(
         "deep_ensemble",
         description="What makes members differ. 'deep_ensemble' (published): initial weights, order and choice of "
@@ -826,6 +830,12 @@ class Region(_Strict):
                 raise ValueError(f"model.channels: {channel} needs terrain.dem or terrain.dem_catalog")
             elif channel == "velocity" and not self.terrain.velocity:
                 raise ValueError("model.channels: velocity needs terrain.velocity")
+        lone = {"sin_aspect", "cos_aspect"} & set(self.model.channels)
+        if self.training.augmentation and len(lone) == 1:
+            raise ValueError(
+                f"model.channels: training.augmentation turns the aspect, which needs both sin_aspect and cos_aspect; "
+                f"there is only {lone.pop()}"
+            )
         return self
 
     def fingerprint(self, *sections: str) -> str:

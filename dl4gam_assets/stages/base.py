@@ -28,7 +28,7 @@ from dl4gam_assets.settings import Region, fingerprint
 from dl4gam_assets.storage import Storage
 
 #: Raised by one whenever a change of code changes results, so that old results count as stale.
-STAGE_VERSION = 2
+STAGE_VERSION = 3
 
 #: Stages whose glaciers share what they are made from: the catalog, the weights.
 SHARED = frozenset({"scene_candidates", "calibration", "glacier_predictions"})
