@@ -35,6 +35,7 @@ from dl4gam_assets.stages.base import (
     run_stage,
 )
 from dl4gam_assets.stages.files import changed_files, full_hash, record_files
+from dl4gam_assets.storage import safe_name
 
 #: Roles of glaciers in a fold, as people say them.
 ROLE_NAMES = {"train": "training", "valid": "validation", "test": "test"}
@@ -512,9 +513,9 @@ def validation_of(
 ) -> dict[str, Any]:
     """What calibration needs of one validation glacier; runs in a worker process.
 
-    A uniform sample of the valid pixels of its cell (``sample_logits`` (M, N), ``sample_labels`` (N,)), drawn here, and
-    logits and masks cut to the box of its 50 m zone, so that the memory of a fold's validation glaciers goes with their
-    area, not with their cubes.
+    A uniform sample of the valid pixels of its cell (``sample_logits`` (M, N), ``sample_labels`` (N,)), drawn here.
+    Logits and masks, cut to the box of its 50 m zone, go into a file (:func:`_measured` reads it), so that the memory
+    of a fold does not grow with the area of its validation glaciers.
     """
     from dl4gam_assets.cubes import cube_mask, open_cube
 
@@ -541,15 +542,38 @@ def validation_of(
             logits.append(layer[box].copy())
             sampled.append(layer.ravel()[chosen])
         pixel = abs(cube.odc.geobox.resolution.x * cube.odc.geobox.resolution.y) / 1e6
+        layers = {"logits": np.stack(logits), "valid": valid[box], **{name: mask[box] for name, mask in masks.items()}}
+        if "dem" in cube:
+            layers["dem"] = cube["dem"].to_numpy()[box]
+        with storage.writing(_measured_folder(site, fold) / f"{safe_name(glacier_id)}.npz") as temporary:
+            np.savez(temporary, **layers)  # type: ignore[arg-type]
         return {
             "sample_logits": np.stack(sampled),
             "sample_labels": cube_mask(cube, "any_glacier").ravel()[chosen],
-            "logits": np.stack(logits),
-            "valid": valid[box],
-            **{name: mask[box] for name, mask in masks.items()},
-            "dem": cube["dem"].to_numpy()[box] if "dem" in cube else None,
+            "outline_px": int(masks["outline"].sum()),
             "pixel_km2": float(pixel),
         }
+
+
+def _measured_folder(site: Site, fold: int) -> UPath:
+    return site.storage.path("work", "calibration", f"fold={fold}")
+
+
+def _measured(
+    site: Site, fold: int, glacier_id: str, temperatures: list[float]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean and deviation of the scaled members, gaps filled, and where they count for the area, of a validation glacier
+    that :func:`validation_of` wrote."""
+    from dl4gam_assets.ensemble import aggregate
+    from dl4gam_assets.segmentation import fill_gaps
+
+    path = _measured_folder(site, fold) / f"{safe_name(glacier_id)}.npz"
+    with site.storage.reading(path) as local, np.load(local, allow_pickle=False) as layers:
+        mean, std = aggregate(layers["logits"], np.asarray(temperatures))
+        mean, std, _ = fill_gaps(
+            mean, std, layers["valid"], layers["zone"], layers.get("dem"), site.region.inference
+        )  # fmt: skip
+        return mean, std, layers["allowed"]
 
 
 def calibration(ws: Workspace, fold: int, *, force: bool = False) -> StageResult:
@@ -570,7 +594,6 @@ def calibration(ws: Workspace, fold: int, *, force: bool = False) -> StageResult
 
     def work() -> tuple[str, dict[str, Any], dict[str, bytes]]:
         from dl4gam_assets import ensemble as science
-        from dl4gam_assets.segmentation import fill_gaps
 
         ids = members_of(ws, fold, "valid")
         device, seed = choose_device(ws.device), ws.region.training.seed + fold
@@ -591,19 +614,17 @@ def calibration(ws: Workspace, fold: int, *, force: bool = False) -> StageResult
         after, _ = science.aggregate(logits, np.asarray(temperatures))
         ece = [science.expected_calibration_error(p, labels, settings.ece_bins) for p in (before, after)]
 
-        features, taus, truths, areas, intervals = [], [], [], [], []
-        for value in values.values():
-            mean, std = science.aggregate(value["logits"], np.asarray(temperatures))
-            mean, std, _ = fill_gaps(mean, std, value["valid"], value["zone"], value["dem"], ws.region.inference)
-            truth = float(value["outline"].sum() * value["pixel_km2"])
-            area = float(((mean >= ws.region.inference.threshold) & value["allowed"]).sum() * value["pixel_km2"])
-            features.append(science.tau_features(mean, std, value["allowed"], area))
+        features, taus, truths, areas = [], [], [], []
+        for glacier_id, value in values.items():
+            mean, std, allowed = _measured(ws.site, fold, glacier_id, temperatures)
+            truth = float(value["outline_px"] * value["pixel_km2"])
+            area = float(((mean >= ws.region.inference.threshold) & allowed).sum() * value["pixel_km2"])
+            features.append(science.tau_features(mean, std, allowed, area))
             taus.append(science.largest_covering_tau(
-                mean, std, value["allowed"], value["pixel_km2"], truth, settings.tau_step, settings.tau_max
+                mean, std, allowed, value["pixel_km2"], truth, settings.tau_step, settings.tau_max
             ))  # fmt: skip
             truths.append(truth)
             areas.append(area)
-            intervals.append((mean, std, value["allowed"], value["pixel_km2"]))
         rule = science.fit_tau(pd.DataFrame(features), np.asarray(taus), settings)
         table = pd.DataFrame(features).drop(columns="log_area").assign(
             glacier_id=list(values),
@@ -614,9 +635,11 @@ def calibration(ws: Workspace, fold: int, *, force: bool = False) -> StageResult
             tau=rule.predict(pd.DataFrame(features)),
         )  # fmt: skip
         bounds = []
-        for tau, (mean, std, allowed, pixel) in zip(table["tau"], intervals, strict=True):
+        for tau, (glacier_id, value) in zip(table["tau"], values.items(), strict=True):
+            mean, std, allowed = _measured(ws.site, fold, glacier_id, temperatures)  # again: not all of them at once
             lower, upper = science.interval_masks(mean, std, float(tau), allowed)
-            bounds.append((float(lower.sum() * pixel), float(upper.sum() * pixel)))
+            bounds.append((float(lower.sum() * value["pixel_km2"]), float(upper.sum() * value["pixel_km2"])))
+        ws.storage.remove_folder(_measured_folder(ws.site, fold))
         table[["lower_km2", "upper_km2"]] = bounds
         truth = table["inventory_area_km2"]
         table["inside"] = (table["lower_km2"] - 1e-9 <= truth) & (truth <= table["upper_km2"] + 1e-9)
