@@ -432,6 +432,12 @@ class ModelSettings(_Strict):
             raise ValueError("channels must not repeat")
         return self
 
+    @property
+    def encoder_weights_file(self) -> Path | None:
+        """The local file that ``encoder_weights`` names, if it does."""
+        name = self.encoder_weights
+        return Path(name).expanduser() if name and name.endswith(".safetensors") else None
+
 
 class TrainingSettings(_Strict):
     members: int = Field(10, ge=1, description="Ensemble members (seeds) for each fold.")
@@ -754,7 +760,10 @@ class ComputeSettings(_Strict):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     gpus: int = Field(0, ge=0, description="GPUs that ensemble members are trained on; 0: all there are.")
     members_at_once: int = Field(
-        0, ge=0, description="Members trained at once on each GPU, or on the CPU. 0: 1 on a GPU, `workers` on the CPU."
+        0,
+        ge=0,
+        description="Members trained at once on each GPU, or on the CPU, where they share the cores. 0: 1 on a GPU; on "
+        "the CPU `workers`, but no more than a run has partitions (`partitions_per_run`) or the region members.",
     )
     training_data: Literal["auto", "mapped", "resident"] = Field(
         "auto",
