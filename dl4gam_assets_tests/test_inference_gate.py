@@ -22,7 +22,7 @@ STRIDE = InferenceSettings(mode="stride", precision="fp32", patch_px=128, stride
 GLACIERS = 6
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_windows_measure_what_the_published_averaging_measures(small: Small) -> None:
     """Median relative difference of areas below 0.5 %; IoU within 50 m at most 0.2 points lower."""
     site = small.workspace().site
