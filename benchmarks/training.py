@@ -2,7 +2,8 @@
 
     python benchmarks/training.py                          # about three minutes on two cores
     python benchmarks/training.py --paper-steps 0          # without the paper's network
-    python benchmarks/training.py --members 2              # only members side by side
+    python benchmarks/training.py --steps 0 --paper-steps 0 --members 2    # only members side by side
+    python benchmarks/training.py --derived                # only: channels packed, or derived in the batch
     python benchmarks/training.py --device cuda --glaciers 1593 --paper-steps 60 --profile
 
 Glaciers are synthetic (but for the first table, the demo's of a store): sizes like those of the Alps (lognormal, median
@@ -40,7 +41,7 @@ from dl4gam_assets.segmentation import PackedCubes, normalize, train_member
 from dl4gam_assets.segmentation.batches import batches, patch_source
 from dl4gam_assets.segmentation.losses import masked_loss
 from dl4gam_assets.segmentation.model import build_model, channels_last
-from dl4gam_assets.segmentation.packing import _FORMAT, Packed
+from dl4gam_assets.segmentation.packing import FORMAT, Packed
 from dl4gam_assets.segmentation.sampling import Normalizer, draw_patches, patch_corner
 from dl4gam_assets.settings import PUBLISHED_CHANNELS, ModelSettings, TrainingSettings, load_region
 
@@ -73,7 +74,7 @@ def synthetic(folder: Path, glaciers: int, seed: int = 0) -> PackedCubes:
             bits.tofile(masks)
             entries[f"G{k:05d}"] = {"height": height, "width": width, "start": start, "checksum": k}
             start += height * width
-    index = {"format": _FORMAT, "channels": CHANNELS, "glaciers": entries}
+    index = {"format": FORMAT, "channels": CHANNELS, "glaciers": entries}
     (folder / "packed.json").write_text(json.dumps(index), encoding="utf-8")
     return PackedCubes.open(folder)
 
@@ -118,9 +119,10 @@ class Steps:
 
 # --------------------------------------------------------------------------------------------- what a step waits for
 def published_batches(
-    cubes: dict[str, Path], ids: list[str], chosen: np.ndarray, size: int, table: pd.DataFrame, batch: int
+    cubes: dict[str, Path], ids: list[str], chosen: np.ndarray, size: int, table: pd.DataFrame, batch: int, device: str
 ) -> Any:
-    """Batches the way that the published data set makes them: from the files, patch by patch, on the host."""
+    """Batches the way that the published data set makes them: from the files, patch by patch, on the host, then copied
+    to the device."""
     for first in range(0, len(chosen), batch):
         layers = []
         for number, row, col in chosen[first : first + batch]:
@@ -133,7 +135,7 @@ def published_batches(
                 stack = np.pad(stack, [(0, 0), *rest], constant_values=np.nan)
                 ice, valid = (np.pad(a, rest) for a in (cube_mask(window, "any_glacier"), valid))
                 layers.append((normalize(stack, CHANNELS, table), ice, valid))
-        x, target, valid = (torch.from_numpy(np.stack(part)) for part in zip(*layers))
+        x, target, valid = (torch.from_numpy(np.stack(part)).to(device) for part in zip(*layers))
         yield x, target[:, None].float(), valid[:, None].float()
 
 
@@ -173,7 +175,7 @@ def sources(home: Path | None, folder: Path, options: argparse.Namespace) -> int
             for low in (False, True):
                 run = Steps(model, options.device, low)
                 if kind == "published":
-                    stream = published_batches(cubes, ids, chosen, size, table, batch)
+                    stream = published_batches(cubes, ids, chosen, size, table, batch, options.device)
                 else:
                     source = patch_source(packed, ids, size, options.device, kind)
                     stream = batches(source, pieces, options.device)
@@ -185,7 +187,7 @@ def sources(home: Path | None, folder: Path, options: argparse.Namespace) -> int
                     f"{waited / total:6.1%} {baseline / total:6.2f}"
                 )
         if cubes:
-            first = next(published_batches(cubes, ids, chosen[:batch], size, table, batch))
+            first = next(published_batches(cubes, ids, chosen[:batch], size, table, batch, "cpu"))
             for kind in ("mapped", "resident"):
                 x, target, valid = patch_source(packed, ids, size, options.device, kind).batch(
                     chosen[:batch], np.zeros(batch, dtype=int)
@@ -198,6 +200,57 @@ def sources(home: Path | None, folder: Path, options: argparse.Namespace) -> int
             print("  same batches: yes")
         print()
     return 0
+
+
+# --------------------------------------------------------------------------------------------- derived on the device
+#: Indices and the two bands that each is made of.
+INDICES = {"ndvi": ("nir", "red"), "ndwi": ("green", "nir"), "ndsi": ("green", "swir16")}
+
+
+def derived() -> None:
+    """A batch of 16 packed channels (33 bytes a pixel with its masks) against one of 12 raw layers (25), of which
+    indices, sine and cosine of the aspect are made in the batch: processor time to cut and normalize, in turns."""
+    torch.set_num_threads(1)
+    rng, side = np.random.default_rng(0), 700
+    raw_names = [c for c in CHANNELS if c not in INDICES and c not in {"sin_aspect", "cos_aspect"}] + ["aspect"]
+    layers = rng.integers(1, 9000, (len(CHANNELS), side, side), dtype=np.int16)
+    steps = torch.full((len(CHANNELS), 1, 1), 1e-4)
+
+    def cut(count: int, size: int, batch: int, k: int) -> torch.Tensor:
+        corners = np.random.default_rng(k).integers(0, side - size, (batch, 2))
+        return torch.from_numpy(np.stack([layers[:count, r : r + size, c : c + size] for r, c in corners]))
+
+    def normal(digits: torch.Tensor) -> torch.Tensor:
+        values = (digits.float() * steps[: digits.shape[1]] - 0.1) / 0.7
+        return torch.where(digits == -32768, 0.0, values)
+
+    def packed(size: int, batch: int, k: int) -> torch.Tensor:
+        return normal(cut(len(CHANNELS), size, batch, k))
+
+    def from_raw(size: int, batch: int, k: int) -> torch.Tensor:
+        digits = cut(len(raw_names), size, batch, k)
+        missing, values = digits == -32768, digits.float() * 1e-4
+        made = []
+        for pair in INDICES.values():
+            a, b = (raw_names.index(name) for name in pair)
+            total = values[:, a] + values[:, b]
+            index = ((values[:, a] - values[:, b]) / torch.where(total == 0, 1.0, total)).clamp(-1, 1)
+            made.append(torch.where(missing[:, a] | missing[:, b], 0.0, index))
+        angle = digits[:, -1].float() * (0.05 * math.pi / 180)
+        made += [angle.sin(), angle.cos()]
+        return torch.cat([normal(digits[:, :-1]), torch.stack(made, dim=1)], dim=1)
+
+    print("cutting and normalizing a batch, processor time of one thread, median")
+    for size, batch, count in ((64, 8, 60), (256, 16, 12)):
+        spent: dict[str, list[float]] = {"packed": [], "from raw": []}
+        for k in range(count):
+            for name, make in (("packed", packed), ("from raw", from_raw)):
+                begun = time.process_time()
+                make(size, batch, k)
+                spent[name].append(time.process_time() - begun)
+        a, b = (1e3 * float(np.median(values)) for values in spent.values())
+        print(f"  {batch} of {size} px: packed {a:7.2f} ms, derived of raw layers {b:7.2f} ms, ratio {b / a:.2f}")
+    print()
 
 
 # --------------------------------------------------------------------------------------------- members side by side
@@ -256,11 +309,11 @@ def paper(folder: Path, options: argparse.Namespace) -> None:
         pieces = [(chosen[p], np.zeros(len(p), dtype=int)) for p in np.array_split(order, len(chosen) // 16)]
         source = patch_source(packed, packed.ids, 256, options.device, options.data)
         run = Steps(PAPER, options.device, low)
-        stream = batches(source, (pieces[k % len(pieces)] for k in range(count + warm)), options.device)
-        if options.profile and low:
-            profiled(run, stream, count, warm, normalizer)
-            continue
-        total, waited, patches = run.run(stream, count, warm, normalizer)
+
+        def stream(source: Any = source, pieces: Any = pieces) -> Any:
+            return batches(source, (pieces[k % len(pieces)] for k in range(count + warm)), options.device)
+
+        total, waited, patches = run.run(stream(), count, warm, normalizer)
         rate = patches / total
         hours = EPOCH_PATCHES * EPOCHS / rate / 3600
         first = first or rate
@@ -268,6 +321,8 @@ def paper(folder: Path, options: argparse.Namespace) -> None:
             f"  {'bf16' if low else 'fp32':<10} {1e3 * total / count:9.1f} {rate:9.1f} {waited / total:6.1%} "
             f"{hours:8.2f} h {hours * MEMBERS:9.1f} h {rate / first:6.2f}"
         )
+    if options.profile:  # after the clock has stopped: profiling slows the steps down
+        profiled(run, stream(), count, warm, normalizer)
     print()
 
 
@@ -295,10 +350,14 @@ def main() -> int:
     parser.add_argument(
         "--data", default="auto", choices=["auto", "mapped", "resident"], help="of the paper's ensemble"
     )
+    parser.add_argument("--derived", action="store_true", help="only: indices and aspects packed, or made in the batch")
     parser.add_argument("--profile", action="store_true", help="where the time of the paper's network goes")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.derived:
+        derived()
+        return 0
     code = 0
     with tempfile.TemporaryDirectory() as scratch:
         for name in ("a", "b", "c"):

@@ -470,6 +470,12 @@ class ModelSettings(_Strict):
             raise ValueError("channels must not repeat")
         return self
 
+    @property
+    def encoder_weights_file(self) -> Path | None:
+        """The local file that ``encoder_weights`` names, if it does."""
+        name = self.encoder_weights
+        return Path(name).expanduser() if name and name.endswith(".safetensors") else None
+
 
 class TrainingSettings(_Strict):
     members: int = Field(10, ge=1, description="Ensemble members (seeds) for each fold.")
@@ -498,7 +504,11 @@ class TrainingSettings(_Strict):
     )
     focal_gamma: float = Field(2.0, ge=0)
     focal_alpha: float | None = Field(0.25, gt=0, lt=1, description="Weight of glacier pixels; null: none.")
-    augmentation: bool = Field(False, description="The 8 symmetries, with aspect and curvature treated right.")
+    augmentation: bool = Field(
+        False,
+        description="The 8 symmetries of the square. Sine and cosine of the aspect turn with the picture; slope, "
+        "curvatures, ruggedness and dh/dt are the same from every side.",
+    )
     diversity: Literal["deep_ensemble", "bootstrap"] = Field(
         "deep_ensemble",
         description="What makes members differ. 'deep_ensemble' (published): initial weights, order and choice of "
@@ -788,7 +798,10 @@ class ComputeSettings(_Strict):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     gpus: int = Field(0, ge=0, description="GPUs that ensemble members are trained on; 0: all there are.")
     members_at_once: int = Field(
-        0, ge=0, description="Members trained at once on each GPU, or on the CPU. 0: 1 on a GPU, `workers` on the CPU."
+        0,
+        ge=0,
+        description="Members trained at once on each GPU, or on the CPU, where they share the cores. 0: 1 on a GPU; on "
+        "the CPU `workers`, but no more than a run has partitions (`partitions_per_run`) or the region members.",
     )
     training_data: Literal["auto", "mapped", "resident"] = Field(
         "auto",
@@ -864,6 +877,12 @@ class Region(_Strict):
                 raise ValueError(f"model.channels: {channel} needs terrain.dem or terrain.dem_catalog")
             elif channel == "velocity" and not self.terrain.velocity:
                 raise ValueError("model.channels: velocity needs terrain.velocity")
+        lone = {"sin_aspect", "cos_aspect"} & set(self.model.channels)
+        if self.training.augmentation and len(lone) == 1:
+            raise ValueError(
+                f"model.channels: training.augmentation turns the aspect, which needs both sin_aspect and cos_aspect; "
+                f"there is only {lone.pop()}"
+            )
         return self
 
     def fingerprint(self, *sections: str) -> str:

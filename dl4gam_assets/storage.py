@@ -233,6 +233,11 @@ class Storage:
                     removed += 1
         return removed
 
+    def remove_folder(self, folder: UPath) -> None:
+        """Remove a folder of the store with all that is in it, if it is there."""
+        if folder.exists():
+            folder.fs.rm(folder.path, recursive=True)
+
     # ------------------------------------------------------------------ tables
     def write_table(self, name: str, frame: pd.DataFrame, partition: Mapping[str, object] | None = None) -> UPath:
         """Check ``frame`` against the schema of ``name`` and write it as one Parquet file of that partition.

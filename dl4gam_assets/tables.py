@@ -320,7 +320,7 @@ _TABLES = [
         _c("precision", "string", "fp32 or bf16-mixed"),
         _c("patches_per_second", "float64", "Training speed, median over epochs", minimum=0),
         _c("data_wait_share", "float64", "Share of the steps' time spent waiting for data, median over epochs", minimum=0, maximum=1),
-        _c("peak_memory_mb", "float64", "Largest memory of the device, on a CPU of the process (MiB)", minimum=0),
+        _c("peak_memory_mb", "float64", "Largest memory while it trained, of the device, on a CPU of the process (MiB)", minimum=0),
     ), ("fold", "member")),
     Table("calibration", "Calibration of each fold: temperatures and the rule that gives tau.", (
         _FOLD,

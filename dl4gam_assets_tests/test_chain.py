@@ -5,6 +5,8 @@ One region is materialized once for this module (a minute); the tests then look 
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import shutil
@@ -15,6 +17,7 @@ import pandas as pd
 import pytest
 import rasterio
 import yaml
+from PIL import Image
 
 from dl4gam_assets.compute import Mapper
 from dl4gam_assets.lineage import LineageError, explain
@@ -48,6 +51,14 @@ def test_dagster_holds_a_materialization_of_every_partition(small: Small) -> Non
                 assert event is not None and event.asset_materialization.metadata
                 if count:
                     assert len(opened.get_materialized_partitions(key)) == count, asset
+                if asset == "ensemble_member":  # its page shows the curves
+                    shown = event.asset_materialization.metadata["training curves"]
+                    assert isinstance(shown, dg.MarkdownMetadataValue)
+                    kind, _, content = str(shown.value).removesuffix(")").partition(";base64,")
+                    assert kind == "![training curves](data:image/png"
+                    with Image.open(io.BytesIO(base64.b64decode(content))) as picture:
+                        picture.load()
+                        assert min(picture.size) > 100 and len(set(picture.convert("L").get_flattened_data())) > 10
     finally:
         os.environ.pop("DAGSTER_HOME", None)
 
@@ -94,6 +105,8 @@ def test_explain_tells_the_story_of_a_number(small: Small) -> None:
     assert story.provenance.scene_ids in text and "which never saw this glacier" in text
     assert "STALE" not in text and "simulated" in text
     assert len(story.model["members"]) == 2
+    for member in story.model["members"]:
+        assert f"encoder from none (random), initial weights {member['initial_sha256'][:12]}" in text
     with pytest.raises(LineageError, match="for example"):
         explain(small.storage, small.region, "no-such-glacier", 2017)
     tiny = small.storage.read_table("glaciers").query("not modelled").iloc[0]["glacier_id"]

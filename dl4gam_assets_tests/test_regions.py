@@ -119,6 +119,10 @@ def write(tmp_path: Path, change: dict[str, object], name: str = "swiss") -> Pat
         ({"model.channels": ["ndsi"]}, ["ndsi", "green", "swir16"]),
         ({"model.channels": ["blue", "slope"]}, ["slope", "terrain.dem"]),
         ({"model.channels": ["blue", "blue"]}, ["channels must not repeat"]),
+        (
+            {"model.channels": ["blue", "cos_aspect"], "terrain.dem": ["dem.tif"], "training.augmentation": True},
+            ["model.channels", "needs both sin_aspect and cos_aspect", "only cos_aspect"],
+        ),
         ({"training.epochs": 0}, ["training.epochs", "greater than or equal to 1", "given: 0"]),
         ({"training.patch_px": 100}, ["training.patch_px", "multiple of 32"]),
         ({"inventory.buffers_m": [0, 20]}, ["inventory", "buffers_m", "50"]),

@@ -138,10 +138,13 @@ def _blue_levels(thresholds: np.ndarray) -> np.ndarray:
 def _iou(feature: np.ndarray, blue: np.ndarray | None, y: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
     """IoU for every threshold, or for every pair with a blue threshold when there is a second axis."""
     # Position 0 reaches no threshold, position k the first k of them. Compared as float32, as when they are applied.
-    i = np.searchsorted(thresholds.astype(np.float32), feature, side="right")
+    # A missing value is sorted behind all thresholds, but reaches none.
+    i = np.where(np.isnan(feature), 0, np.searchsorted(thresholds.astype(np.float32), feature, side="right"))
     if thresholds is RATIOS:
         levels = _blue_levels(BLUES)
-        j = np.full(len(i), len(BLUES)) if blue is None else np.searchsorted(levels, blue, side="right")
+        j = np.full(len(i), len(BLUES))
+        if blue is not None:
+            j = np.where(np.isnan(blue), 0, np.searchsorted(levels, blue, side="right"))
         j = np.maximum(j, 1)  # the first level leaves the blue band out, whatever its value
         shape: tuple[int, ...] = (len(thresholds) + 1, len(BLUES) + 1)
         flat = i * shape[1] + j

@@ -70,7 +70,7 @@ class Explanation(BaseModel):
         out += [
             (2, f"member {r['member']}: weights {str(r['sha256'])[:12]}, epoch {r['best_epoch']}, "
                 f"validation IoU {_number(r['validation_iou'])}, temperature {_number(r.get('temperature'))}"
-                + (f"; {r['encoder_weights']}" if str(r.get("encoder_weights")).startswith("imported") else ""))
+                + _began_with(r))
             for r in m["members"]
         ]  # fmt: skip
         out.append(
@@ -91,6 +91,16 @@ class Explanation(BaseModel):
         out += [(2, f"{asset}: Dagster run {run}") for asset, run in runs.items() if run]
         out += [(1, note) for note in self.notes]
         return out
+
+
+def _began_with(member: Mapping[str, Any]) -> str:
+    """What a member's network started from: the set or file of encoder weights, and a hash of all initial weights."""
+    name, initial = member.get("encoder_weights"), member.get("initial_sha256")
+    if not isinstance(name, str):  # of a store before this was recorded
+        return ""
+    if name.startswith("imported"):
+        return f"; {name}"
+    return f"; encoder from {name}" + (f", initial weights {initial[:12]}" if isinstance(initial, str) else "")
 
 
 def explain(storage: Storage, region: Region, glacier_id: str, year: int) -> Explanation:

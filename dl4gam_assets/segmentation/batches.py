@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from dl4gam_assets.segmentation.packing import MISSING, Packed, PackedCubes
-from dl4gam_assets.segmentation.sampling import cut_batch, patch_corner, symmetry
+from dl4gam_assets.segmentation.sampling import aspect_places, cut_batch, patch_corner, symmetry
 
 
 class Batch(NamedTuple):
@@ -112,8 +112,8 @@ class ResidentPatches:
         grid = np.arange(size * size).reshape(size, size)
         source = np.stack([symmetry(grid, grid, grid, (), which)[1] for which in range(8)])
         self._source = torch.from_numpy(source.astype(np.int64)).to(device)
-        self._vectors, self._aspect = _aspect_turns(packed.channels)
-        self._vectors = self._vectors.to(device)
+        self._channels = packed.channels
+        self._vectors = _aspect_turns().to(device)
         self._layers = torch.arange(self._n, device=device)[:, None, None]
 
     def batch(self, chosen: np.ndarray, turns: np.ndarray) -> Batch:
@@ -130,17 +130,18 @@ class ResidentPatches:
         bits = torch.where(inside, self._bits[start + pixel], 0)
         flat = (start * self._n + pixel)[:, None] + (self._layers * (height * width)[:, None])
         x = torch.where(inside[:, None], self._values[flat], int(MISSING)).to(torch.int16)
-        if self._aspect is not None and turns.any():
-            east, north = (x[:, k].clone() for k in self._aspect)
+        if turns.any() and (aspect := aspect_places(self._channels)) is not None:
+            east, north = (x[:, k].clone() for k in aspect)
             m = self._vectors[turn[:, 0, 0]][..., None, None]
+            flat = (bits & Packed.bit("flat")).ne(0)
             # One of two factors is 0: MISSING, in both or in none, stays itself in 16 bits.
-            x[:, self._aspect[0]] = m[:, 0, 0] * east + m[:, 0, 1] * north
-            x[:, self._aspect[1]] = m[:, 1, 0] * east + m[:, 1, 1] * north
+            x[:, aspect[0]] = torch.where(flat, east, m[:, 0, 0] * east + m[:, 0, 1] * north)
+            x[:, aspect[1]] = torch.where(flat, north, m[:, 1, 0] * east + m[:, 1, 1] * north)
         return Batch(x, *_masks(bits))
 
 
-def _aspect_turns(channels: Sequence[str]) -> tuple[torch.Tensor, tuple[int, int] | None]:
-    """How the 8 symmetries turn the vector (sin_aspect, cos_aspect): int16 (8, 2, 2); and where the two lie."""
+def _aspect_turns() -> torch.Tensor:
+    """How the 8 symmetries turn the vector (sin_aspect, cos_aspect): int16 (8, 2, 2)."""
     names = ["sin_aspect", "cos_aspect"]
     pixel = np.zeros((2, 1, 1), dtype=np.int16)
     out = np.zeros((8, 2, 2), dtype=np.int16)
@@ -150,8 +151,7 @@ def _aspect_turns(channels: Sequence[str]) -> tuple[torch.Tensor, tuple[int, int
             unit = pixel.copy()
             unit[k] = 1
             out[which, :, k] = symmetry(unit, mask, mask, names, which)[0][:, 0, 0]
-    places = [list(channels).index(name) for name in names if name in channels]
-    return torch.from_numpy(out), (places[0], places[1]) if len(places) == 2 else None
+    return torch.from_numpy(out)
 
 
 def batches(source: PatchSource, pieces: Iterable[tuple[np.ndarray, np.ndarray]], device: str) -> Iterator[Batch]:

@@ -19,8 +19,9 @@ def fill_gaps(
 
     ``settings.fill``: ``nearest`` takes the ``fill_neighbours`` (30, published) nearest usable pixels of the zone in
     the plane, ``elevation`` those nearest in elevation (the plane where a pixel has no elevation, or without a DEM).
-    Pixels of the zone without a prediction (NaN, where no patch of mode ``stride`` reaches) are gaps too. Without any
-    usable pixel only those are filled, from what was predicted. Outside the zone NaN stays.
+    Pixels of the zone without a prediction (NaN, where no patch of mode ``stride`` reaches) are gaps too. Outside the
+    zone NaN stays. Without any usable pixel nothing was measured: the whole zone counts as filled, with what the
+    networks said about the missing image.
 
     Parameters
     ----------
@@ -31,13 +32,13 @@ def fill_gaps(
 
     Returns
     -------
-    mean, std, and the bool array (H, W) of filled pixels.
+    mean, std, and the bool array (H, W) of pixels of the zone whose values do not come from their own image.
     """
     predicted = np.isfinite(mean)
     gaps, good = zone & ~(valid & predicted), zone & valid & predicted
-    if not good.any():
-        gaps, good = zone & ~predicted, zone & predicted
     filled = np.zeros_like(zone)
+    if not good.any():
+        gaps, good, filled = zone & ~predicted, zone & predicted, zone.copy()
     if not gaps.any() or not good.any():
         return mean, std, filled
     mean, std = mean.copy(), std.copy()

@@ -116,7 +116,7 @@ def low_precision(settings: InferenceSettings, device: str) -> bool:
     if settings.mode == "stride":
         return False
     if device.startswith("cuda"):
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)  # emulated bf16 is slower than fp32
     if device == "cpu":
         checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
         return any(check() for check in checks if check is not None)

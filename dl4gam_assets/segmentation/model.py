@@ -29,7 +29,7 @@ def build_model(settings: ModelSettings, *, pretrained: bool = True) -> torch.nn
     """
     smp = import_smp()
     weights = settings.encoder_weights if pretrained else None
-    local = Path(weights).expanduser() if weights and weights.endswith(".safetensors") else None
+    local = settings.encoder_weights_file if pretrained else None
     name = settings.architecture.lower()
     options: dict[str, Any] = {}
     if name in {"unet", "unetplusplus", "linknet"}:

@@ -9,11 +9,14 @@ Channels are integers with a fixed step, the steps of the cubes for the layers t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import secrets
 import shutil
+import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +34,9 @@ if TYPE_CHECKING:
 #: The integer of a missing value.
 MISSING = np.int16(-32768)
 _UNIT = 1.0 / 32000.0
-_BITS = {"valid": 1, "any_glacier": 2, "zone_50": 4, "glacier": 8}
-_FORMAT = 2
+_BITS = {"valid": 1, "any_glacier": 2, "zone_50": 4, "glacier": 8, "flat": 16}
+#: Layout of a packed folder.
+FORMAT = 3
 
 
 def channel_step(channel: str) -> float:
@@ -72,9 +76,14 @@ class Packed:
         """This glacier."""
         return self._mask("glacier")
 
+    @property
+    def flat(self) -> np.ndarray:
+        """Flat ground: it faces nowhere, and its aspect of 0 (north) is a convention that does not turn."""
+        return self._mask("flat")
+
     @staticmethod
     def bit(name: str) -> int:
-        """Value of a mask's bit: ``valid``, ``any_glacier``, ``zone_50`` or ``glacier``."""
+        """Value of a mask's bit: ``valid``, ``any_glacier``, ``zone_50``, ``glacier`` or ``flat``."""
         return _BITS[name]
 
     def _mask(self, name: str) -> np.ndarray:
@@ -95,7 +104,7 @@ class PackedCubes:
     """
 
     def __init__(self, folder: Path, index: Mapping[str, object]):
-        if index.get("format") != _FORMAT:
+        if index.get("format") != FORMAT:
             raise ValueError(f"{folder} was packed by another version; delete it")
         self.folder = folder
         self.channels: list[str] = list(index["channels"])  # type: ignore[call-overload]
@@ -179,8 +188,7 @@ def pack_cubes(
     """
     if not cubes:
         raise ValueError("there are no cubes to train on")
-    temporary = folder.with_name(f".tmp-{os.getpid()}-{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = folder.with_name(f".tmp-{secrets.token_hex(6)}-{folder.name}")
     temporary.mkdir(parents=True)
     entries: dict[str, dict[str, int]] = {}
     start, sizes = 0, {}
@@ -210,7 +218,7 @@ def pack_cubes(
             f"{len(bad)} of {len(cubes)} glacier cubes can not be read; delete them and materialize glacier_cubes "
             f"again: {told}"
         )
-    index = {"format": _FORMAT, "channels": list(channels), "glaciers": entries}
+    index = {"format": FORMAT, "channels": list(channels), "glaciers": entries}
     (temporary / "packed.json").write_text(json.dumps(index), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     try:
@@ -218,6 +226,47 @@ def pack_cubes(
     except OSError:  # another process was faster with the same
         shutil.rmtree(temporary, ignore_errors=True)
     return PackedCubes.open(folder)
+
+
+#: Seconds after which an unfinished folder is one that a killed process left.
+_LEFT_S = 86_400.0
+
+
+@contextlib.contextmanager
+def in_use(folder: Path) -> Iterator[None]:
+    """Keep :func:`remove_unused` from a packed folder; the lock of a process that is killed is gone with it."""
+    from filelock import FileLock
+
+    mark = folder / f".use-{secrets.token_hex(6)}.lock"
+    try:
+        with FileLock(str(mark)):
+            yield
+    finally:
+        mark.unlink(missing_ok=True)
+
+
+def remove_unused(parent: Path) -> list[str]:
+    """Remove packed folders that no process uses, and unfinished ones that are a day old; returns their names."""
+    removed = []
+    for folder in sorted(p for p in parent.iterdir() if p.is_dir()) if parent.exists() else ():
+        if folder.name.startswith(".tmp-"):
+            unused = time.time() - max(p.stat().st_mtime for p in (folder, *folder.iterdir())) > _LEFT_S
+        else:
+            unused = not any(_held(mark) for mark in folder.glob(".use-*.lock"))
+        if unused:
+            shutil.rmtree(folder, ignore_errors=True)
+            removed.append(folder.name)
+    return removed
+
+
+def _held(mark: Path) -> bool:
+    from filelock import FileLock, Timeout
+
+    try:
+        with FileLock(str(mark), timeout=0):
+            return False
+    except Timeout:
+        return True
 
 
 def _pack_one(
@@ -228,7 +277,10 @@ def _pack_one(
     steps = np.array([channel_step(c) for c in channels], dtype=np.float32)[:, None, None]
     with reading(path) as local, open_cube(local) as cube:
         stack, valid = channel_stack(cube, channels)
-        masks = {"valid": valid} | {name: cube_mask(cube, name) for name in _BITS if name != "valid"}
+        masks = {"valid": valid, "flat": np.zeros_like(valid)}
+        masks |= {name: cube_mask(cube, name) for name in _BITS if name not in masks}
+        if {"slope", "aspect"} <= set(cube.data_vars):
+            masks["flat"] = (cube["slope"].to_numpy() == 0) & (cube["aspect"].to_numpy() == 0)
     bits = np.zeros(valid.shape, dtype=np.uint8)
     for name, bit in _BITS.items():
         bits[masks[name]] |= np.uint8(bit)

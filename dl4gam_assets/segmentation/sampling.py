@@ -131,33 +131,60 @@ def cut_batch(
         a, b = cut.bits.shape
         x[k, :, :a, :b], bits[k, :a, :b] = cut.channels, cut.bits
         if turns[k]:
-            x[k], bits[k], _ = symmetry(x[k], bits[k], bits[k], channels, int(turns[k]))
+            flat = (bits[k] & np.uint8(Packed.bit("flat"))) != 0
+            x[k], bits[k], _ = symmetry(x[k], bits[k], bits[k], channels, int(turns[k]), flat)
     return x, bits
 
 
 def symmetry(
-    patch: np.ndarray, target: np.ndarray, valid: np.ndarray, channels: Sequence[str], which: int
+    patch: np.ndarray,
+    target: np.ndarray,
+    valid: np.ndarray,
+    channels: Sequence[str],
+    which: int,
+    flat: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One of the 8 symmetries of the square (0: none). Aspect turns with the picture; dh/dt and curvatures are scalars.
+    """One of the 8 symmetries of the square (0: none). The aspect turns with the picture; slope, curvatures,
+    ruggedness and dh/dt (metres up or down a year) are scalars.
 
     Sine and cosine of the aspect are the eastward and northward part of a unit vector (aspect clockwise from north).
-    Works on floats and on packed integers (``MISSING`` is its own negative in 16 bits).
+    Flat ground (``flat``, bool (H, W)) faces nowhere: its aspect is 0 by convention before and after. Works on floats
+    and on packed integers (``MISSING`` is its own negative in 16 bits).
+
+    Raises
+    ------
+    ValueError
+        if the channels hold one part of the aspect without the other.
     """
     flip, turns = which >= 4, which % 4
-    names = list(channels)
+    masks = [target, valid] + ([] if flat is None else [flat])
     if flip:  # left to right: east becomes west
-        patch, target, valid = patch[..., ::-1], target[..., ::-1], valid[..., ::-1]
+        patch, *masks = (a[..., ::-1] for a in (patch, *masks))
     if turns:  # counter-clockwise by quarter turns
-        patch, target, valid = (np.rot90(a, turns, axes=(-2, -1)) for a in (patch, target, valid))
-    if which and ("sin_aspect" in names or "cos_aspect" in names):
-        if not {"sin_aspect", "cos_aspect"} <= set(names):
-            raise ValueError("augmentation turns the aspect, which needs both sin_aspect and cos_aspect")
-        east, north = names.index("sin_aspect"), names.index("cos_aspect")
+        patch, *masks = (np.rot90(a, turns, axes=(-2, -1)) for a in (patch, *masks))
+    if which and (places := aspect_places(channels)) is not None:
+        east, north = places
         patch = patch.copy()
         e, n = patch[east].copy(), patch[north].copy()
         if flip:
             e = -e
         for _ in range(turns):
             e, n = -n, e
-        patch[east], patch[north] = e, n
-    return patch, target, valid
+        turned = True if flat is None else ~masks[2]
+        np.copyto(patch[east], e, where=turned)
+        np.copyto(patch[north], n, where=turned)
+    return patch, masks[0], masks[1]
+
+
+def aspect_places(channels: Sequence[str]) -> tuple[int, int] | None:
+    """Where sine and cosine of the aspect lie among the channels; None where neither does.
+
+    Raises
+    ------
+    ValueError
+        if there is one without the other, which can not be turned.
+    """
+    places = [list(channels).index(name) for name in ("sin_aspect", "cos_aspect") if name in channels]
+    if len(places) == 1:
+        raise ValueError("augmentation turns the aspect, which needs both sin_aspect and cos_aspect")
+    return (places[0], places[1]) if places else None

@@ -39,7 +39,7 @@ from dl4gam_assets.segmentation.validation import Validation
 from dl4gam_assets.settings import InferenceSettings, ModelSettings, TrainingSettings, fingerprint
 
 log = logging.getLogger(__name__)
-_STATE_FORMAT = 4
+_STATE_FORMAT = 5
 #: Columns of a history that differ between two equal trainings.
 MEASURED = ("seconds", "patches_per_second", "data_wait_share", "peak_memory_mb")
 
@@ -98,7 +98,7 @@ def train_member(
     device : torch device name: ``cpu``, ``mps``, ``cuda`` or ``cuda:1``
     work_dir : folder of the training's state; a finished training may delete it
     progress : called with the history row of each epoch
-    threads : torch threads of this process
+    threads : torch threads of this process; a training that goes on takes those that it began with
     data : ``mapped``, ``resident`` or ``auto`` (see ``batches.patch_source``); never changes the result
 
     Raises
@@ -112,7 +112,7 @@ def train_member(
     -----
     The state after each epoch lies in ``work_dir`` as safetensors and JSON. It is used again only for the same seed,
     settings, glaciers, layers and normalization; a damaged or foreign state is removed and the training starts again.
-    With the same machine, device and number of threads a resumed training gives the same bits as an uninterrupted one.
+    With the same machine and device a resumed training gives the same bits as an uninterrupted one.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -122,16 +122,18 @@ def train_member(
     if not len(patches):
         raise TrainingError("the training glaciers have no patch centres: are their outlines on their grids?")
     low = low_precision(InferenceSettings(precision=training.precision), device)
-    identity = fingerprint(
-        [_STATE_FORMAT, seed, low, model_settings.model_dump(), training.of_a_member(),
-         *({g: packed.checksum(g) for g in ids} for ids in (train_ids, valid_ids)),
-         statistics[["channel", "mean", "std", "standardized"]].to_dict("list")]
-    )  # fmt: skip
     cuda = [torch.device(device)] if device.startswith("cuda") else []
     with torch.random.fork_rng(devices=cuda), _algorithms(device, training.deterministic), _memory_advice(device):
         torch.manual_seed(seed)
+        _reset_peak_memory(device)
         bare = channels_last(build_model(model_settings))
         initial = weights_sha256(bare.state_dict())
+        # What the network starts from is known by its values: a file of weights may change under its name.
+        identity = fingerprint(
+            [_STATE_FORMAT, seed, low, initial, model_settings.model_dump(exclude={"encoder_weights"}),
+             training.of_a_member(), *({g: packed.checksum(g) for g in ids} for ids in (train_ids, valid_ids)),
+             statistics[["channel", "mean", "std", "standardized"]].to_dict("list")]
+        )  # fmt: skip
         optimizer = _optimizer(bare, training)
         fabric = _fabric(device, low)
         model, stepper = fabric.setup(bare, optimizer)
@@ -169,12 +171,21 @@ def train_member(
         engine={
             "device": _device_name(device),
             "precision": "bf16-mixed" if low else "fp32",
+            "threads": torch.get_num_threads(),
             "training_data": source.kind,
             "torch": torch.__version__,
-            "encoder_weights": model_settings.encoder_weights or "none (random)",
+            "encoder_weights": _name_of_weights(model_settings),
             "initial_sha256": initial,
         },
     )
+
+
+def _name_of_weights(settings: ModelSettings) -> str:
+    """What the encoder started from: a named set, a file by its name and hash, or none."""
+    path = settings.encoder_weights_file
+    if path is None:
+        return settings.encoder_weights or "none (random)"
+    return f"{path.name} ({hashlib.sha256(path.read_bytes()).hexdigest()[:12]})"
 
 
 def weights_sha256(state: dict[str, torch.Tensor]) -> str:
@@ -239,9 +250,20 @@ def _device_name(device: str) -> str:
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.startswith("cuda") else device
 
 
+def _reset_peak_memory(device: str) -> None:
+    """From now on the peak is this training's, not that of an earlier one in the same process."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError):  # not Linux, or not allowed: then it is the process's
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
 def _peak_memory_mb(device: str) -> float:
     if device.startswith("cuda"):
         return float(torch.cuda.max_memory_allocated(device) / 2**20)
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2**10
     try:
         import resource
     except ImportError:  # not on Windows
@@ -344,12 +366,13 @@ def _save_state(
                 scalars[f"{number}.{key}"] = float(value)
     save_file({k: v.clone() for k, v in tensors.items()}, work / f"state-{epoch}.safetensors")
     best_file = work / f"best-{best['epoch']}.safetensors"
-    if not best_file.exists():
+    if best["epoch"] == epoch or not best_file.exists():  # a killed training may have left one of this epoch
         temporary = work / f"tmp-{best['epoch']}.safetensors"
         save_file(best["state"], temporary)
         os.replace(temporary, best_file)
     note = {
-        "identity": identity, "epoch": epoch, "history": history, "scalars": scalars,
+        "identity": identity, "epoch": epoch, "threads": torch.get_num_threads(), "history": history,
+        "scalars": scalars,
         "best": {k: best[k] for k in ("epoch", "validation_iou")},
     }  # fmt: skip
     temporary = work / "state.tmp"
@@ -364,7 +387,8 @@ def _save_state(
 def _resume(
     work: Path, identity: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-    """History and best epoch of an interrupted training of the same identity; else a fresh start."""
+    """History and best epoch of an interrupted training of the same identity, in whose number of threads this process
+    then goes on; else a fresh start."""
     path = work / "state.json"
     try:
         note = json.loads(path.read_text(encoding="utf-8"))
@@ -372,6 +396,7 @@ def _resume(
             raise FileNotFoundError
         tensors = load_file(work / f"state-{note['epoch']}.safetensors")
         best = {**note["best"], "state": load_file(work / f"best-{note['best']['epoch']}.safetensors")}
+        threads = int(note["threads"])
     except (FileNotFoundError, SafetensorError, ValueError, KeyError) as error:
         if not isinstance(error, FileNotFoundError):
             log.warning(f"the state in {work} is damaged ({error}); the training starts again")
@@ -379,6 +404,7 @@ def _resume(
         for old in work.glob("*.safetensors"):
             old.unlink()
         return [], None
+    torch.set_num_threads(threads)
     model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
     for number, parameter in enumerate(model.parameters()):
         prefix = f"adam.{number}."

@@ -27,6 +27,7 @@ from dl4gam_assets.stages.base import (
     UpstreamError,
     Workspace,
     cached_table,
+    file_fingerprint,
     fold_label,
     fold_member_label,
     frame_fingerprint,
@@ -35,6 +36,7 @@ from dl4gam_assets.stages.base import (
     run_stage,
 )
 from dl4gam_assets.stages.files import changed_files, full_hash, record_files
+from dl4gam_assets.storage import safe_name
 
 #: Roles of glaciers in a fold, as people say them.
 ROLE_NAMES = {"train": "training", "valid": "validation", "test": "test"}
@@ -129,18 +131,16 @@ def pack(ws: Workspace) -> tuple[Path, str]:
 
     A store on this machine keeps them; of one in an object store they lie in this machine's temporary folder.
     """
-    import shutil
+    from dl4gam_assets.segmentation.packing import FORMAT, pack_cubes, remove_unused
 
-    from dl4gam_assets.segmentation import pack_cubes
-
-    stamp = fingerprint([ws.upstream("glacier_cubes", str(ws.region.years.baseline)), ws.region.model.channels])
+    cubes_now = ws.upstream("glacier_cubes", str(ws.region.years.baseline))
+    stamp = fingerprint([FORMAT, cubes_now, ws.region.model.channels])
     folder = packed_folder(ws.site, stamp)
     if not (folder / "packed.json").exists():
         storage = ws.storage
         ids = sorted(storage.read_table("cubes", year=ws.region.years.baseline)["glacier_id"])
-        if folder.parent.exists() and storage.is_local:
-            for old in folder.parent.iterdir():  # layers of earlier cubes are of no use any more
-                shutil.rmtree(old, ignore_errors=True)
+        if storage.is_local:
+            remove_unused(folder.parent)  # layers of earlier cubes are of no use any more
         start = time.perf_counter()
         cubes = {g: storage.cube(ws.region.years.baseline, g) for g in ids}
 
@@ -158,6 +158,23 @@ def pack(ws: Workspace) -> tuple[Path, str]:
     return folder, stamp
 
 
+@contextlib.contextmanager
+def packed_layers(ws: Workspace) -> Iterator[Path]:
+    """The folder of the packed cubes, which no other run removes inside the block. Of several runs that need the same
+    one packs, and the others wait for it."""
+    from filelock import FileLock
+
+    from dl4gam_assets.segmentation.packing import in_use
+
+    lock = packed_folder(ws.site, "lock").with_suffix(".lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        with FileLock(str(lock)):
+            folder, _ = pack(ws)
+            stack.enter_context(in_use(folder))
+        yield folder
+
+
 def _seed(training: TrainingSettings, fold: int, member: int) -> int:
     return training.seed + 1000 * fold + member
 
@@ -170,17 +187,20 @@ def _with_overrides(region: Region, overrides: Mapping[str, Any]) -> Region:
 
 
 def _member_inputs(ws: Workspace, fold: int, member: int, region: Region) -> dict[str, Any]:
+    model = region.model.model_dump(mode="json")
     if (entry := published.member_import(ws.storage, fold, member)) is not None:
         return {
             "normalization": ws.upstream("normalization", fold_label(fold)),
-            "model": region.model.model_dump(mode="json"),
+            "model": model,
             "imported": [entry["sha256"], entry["channels"], entry["model"]],
         }
+    if (weights := region.model.encoder_weights_file) is not None:
+        model["encoder_weights"] = file_fingerprint(weights)  # by content: where the file lies does not matter
     return {
         "normalization": ws.upstream("normalization", fold_label(fold)),
         "cubes": _fold_cubes(ws, fold, "train", "valid"),
         "folds": ws.upstream("cross_validation_folds"),
-        "model": region.model.model_dump(mode="json"),
+        "model": model,
         "training": region.training.of_a_member(),
         "seed": _seed(region.training, fold, member),
     }
@@ -194,18 +214,24 @@ def work_folder(site: Site, fold: int, member: int, packed: Path) -> Path:
 
 
 def train_one(
-    site: Site, fold: int, member: int, packed: str, device: str, threads: int, wanted: str
+    site: Site, fold: int, member: int, packed: str, device: str, threads: int, wanted: str, force: bool = False
 ) -> dict[str, Any]:
-    """Train one member and store it; goes on from its last epoch after a crash. Runs in a worker process."""
+    """Train one member and store it; goes on from its last epoch after a crash. Runs in a worker process.
+
+    A member that is stored as it is wanted, but was not recorded before its run was killed, is taken as it is, unless
+    ``force``.
+    """
     import shutil
 
     from dl4gam_assets.segmentation import PackedCubes, save_member, train_member
 
     storage, region = site.storage, site.region
-    statistics = storage.read_table("normalization", fold=fold)
     work = work_folder(site, fold, member, Path(packed))
+    if not force and (row := _finished(site, fold, member, wanted)) is not None:
+        shutil.rmtree(work, ignore_errors=True)
+        return row
+    statistics = storage.read_table("normalization", fold=fold)
     device = choose_device(device)
-    start = time.perf_counter()
     trained = train_member(
         PackedCubes.open(Path(packed)),
         members_of(site, fold, "train"),
@@ -219,19 +245,14 @@ def train_one(
         threads=threads,
         data=region.compute.training_data,
     )
-    seconds = time.perf_counter() - start
-    extra = {"fingerprint": wanted, "engine": trained.engine}
-    sha256 = save_member(storage, storage.model(fold, member), trained, region.model, statistics, extra)
-    shutil.rmtree(work, ignore_errors=True)
     history = trained.history
-    return {
+    row = {
         "seed": _seed(region.training, fold, member),
-        "sha256": sha256,
         "best_epoch": trained.best_epoch,
         "validation_iou": trained.validation_iou,
         "epochs": len(history),
         "train_patches": trained.train_patches,
-        "seconds": seconds,
+        "seconds": float(history["seconds"].sum()),  # of all processes that it took
         "parameters": trained.parameters,
         "fingerprint": wanted,
         "encoder_weights": trained.engine["encoder_weights"],
@@ -241,8 +262,27 @@ def train_one(
         "patches_per_second": float(history["patches_per_second"].median()),
         "data_wait_share": float(history["data_wait_share"].median()),
         "peak_memory_mb": float(history["peak_memory_mb"].max()),
-        "history": history,
     }
+    extra = {"fingerprint": wanted, "engine": trained.engine, "row": row}
+    sha256 = save_member(storage, storage.model(fold, member), trained, region.model, statistics, extra)
+    shutil.rmtree(work, ignore_errors=True)
+    return row | {"sha256": sha256, "history": history}
+
+
+def _finished(site: Site, fold: int, member: int, wanted: str) -> dict[str, Any] | None:
+    """What :func:`train_one` returned for the member that is stored, if that is the wanted one and whole."""
+    from dl4gam_assets.segmentation import ModelFileError, load_member
+
+    storage, folder = site.storage, site.storage.model(fold, member)
+    try:
+        _, meta = load_member(storage, folder, channels=site.region.model.channels)
+        with storage.reading(folder / "history.parquet") as local:
+            history = pd.read_parquet(local)
+    except (ModelFileError, OSError, ValueError):
+        return None
+    if meta.get("fingerprint") != wanted or "row" not in meta:
+        return None
+    return {**meta["row"], "sha256": meta["sha256"], "history": history}
 
 
 def ensemble_members(
@@ -290,30 +330,35 @@ def ensemble_members(
         out[done.key] = _store_member(ws, fold, member, now, done, named[done.key])
     if not todo:
         return out
-    packed, _ = pack(ws)
-    mapper, threads = _member_processes(ws, len(todo))
-    tasks = [(key, (site, f, m, str(packed), ws.device, threads, now)) for key, (f, m, now) in todo.items()]
+    mapper, threads = _member_processes(ws)
 
     def progress(done: int, total: int, seconds: float) -> None:
         ws.logger.info(f"ensemble_member: {done} of {total} members, {seconds / max(done, 1):.0f} s each")
 
-    with _epoch_lines(ws, site, {(f, m) for f, m, _ in todo.values()}, packed):
+    with packed_layers(ws) as packed, _epoch_lines(ws, site, {(f, m) for f, m, _ in todo.values()}, packed):
+        tasks = [(key, (site, f, m, str(packed), ws.device, threads, now, force)) for key, (f, m, now) in todo.items()]
         for done in mapper.map(train_one, tasks, progress=progress):
             fold, member, now = todo[done.key]
             out[done.key] = _store_member(ws, fold, member, now, done, named[done.key])
     return out
 
 
-def _member_processes(ws: Workspace, members: int) -> tuple[Mapper, int]:
+def _member_processes(ws: Workspace) -> tuple[Mapper, int]:
     """The processes that train members, and the threads of each: on a CPU they share the cores, on GPUs there are
-    ``compute.members_at_once`` for each."""
+    ``compute.members_at_once`` for each.
+
+    The threads decide the last bits of the weights, so they follow from settings and machine, never from how many
+    members a run is asked for or has left: a member trained alone is the one that is trained beside others. Where a
+    run takes one partition (``compute.partitions_per_run``), its one member has all cores.
+    """
     compute, device = ws.region.compute, choose_device(ws.device)
     if ws.mapper.scheduler is not None:
         return ws.mapper, 0
     if device == "cpu":
-        at_once = min(compute.members_at_once or ws.mapper.workers, members)
-        mapper = ws.mapper if not compute.members_at_once else Mapper(compute.members_at_once)
-        return mapper, max(default_workers() // max(at_once, 1), 1)
+        every = ws.region.folds.n * ws.region.training.members
+        at_once = compute.members_at_once or min(ws.mapper.workers, compute.partitions_per_run)
+        mapper = ws.mapper if at_once == ws.mapper.workers else Mapper(at_once)
+        return mapper, max(default_workers() // min(at_once, every), 1)
     at_once = (compute.members_at_once or 1) * count_accelerators(device, compute.gpus)
     return Mapper(at_once), max(default_workers() // at_once, 1)
 
@@ -513,9 +558,9 @@ def validation_of(
 ) -> dict[str, Any]:
     """What calibration needs of one validation glacier; runs in a worker process.
 
-    A uniform sample of the valid pixels of its cell (``sample_logits`` (M, N), ``sample_labels`` (N,)), drawn here, and
-    logits and masks cut to the box of its 50 m zone, so that the memory of a fold's validation glaciers goes with their
-    area, not with their cubes.
+    A uniform sample of the valid pixels of its cell (``sample_logits`` (M, N), ``sample_labels`` (N,)), drawn here.
+    Logits and masks, cut to the box of its 50 m zone, go into a file (:func:`_measured` reads it), so that the memory
+    of a fold does not grow with the area of its validation glaciers.
     """
     from dl4gam_assets.cubes import cube_mask, open_cube
 
@@ -542,15 +587,38 @@ def validation_of(
             logits.append(layer[box].copy())
             sampled.append(layer.ravel()[chosen])
         pixel = abs(cube.odc.geobox.resolution.x * cube.odc.geobox.resolution.y) / 1e6
+        layers = {"logits": np.stack(logits), "valid": valid[box], **{name: mask[box] for name, mask in masks.items()}}
+        if "dem" in cube:
+            layers["dem"] = cube["dem"].to_numpy()[box]
+        with storage.writing(_measured_folder(site, fold) / f"{safe_name(glacier_id)}.npz") as temporary:
+            np.savez(temporary, **layers)  # type: ignore[arg-type]
         return {
             "sample_logits": np.stack(sampled),
             "sample_labels": cube_mask(cube, "any_glacier").ravel()[chosen],
-            "logits": np.stack(logits),
-            "valid": valid[box],
-            **{name: mask[box] for name, mask in masks.items()},
-            "dem": cube["dem"].to_numpy()[box] if "dem" in cube else None,
+            "outline_px": int(masks["outline"].sum()),
             "pixel_km2": float(pixel),
         }
+
+
+def _measured_folder(site: Site, fold: int) -> UPath:
+    return site.storage.path("work", "calibration", f"fold={fold}")
+
+
+def _measured(
+    site: Site, fold: int, glacier_id: str, temperatures: list[float]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean and deviation of the scaled members, gaps filled, and where they count for the area, of a validation glacier
+    that :func:`validation_of` wrote."""
+    from dl4gam_assets.ensemble import aggregate
+    from dl4gam_assets.segmentation import fill_gaps
+
+    path = _measured_folder(site, fold) / f"{safe_name(glacier_id)}.npz"
+    with site.storage.reading(path) as local, np.load(local, allow_pickle=False) as layers:
+        mean, std = aggregate(layers["logits"], np.asarray(temperatures))
+        mean, std, _ = fill_gaps(
+            mean, std, layers["valid"], layers["zone"], layers.get("dem"), site.region.inference
+        )  # fmt: skip
+        return mean, std, layers["allowed"]
 
 
 def calibration(ws: Workspace, fold: int, *, force: bool = False) -> StageResult:
@@ -571,7 +639,6 @@ def calibration(ws: Workspace, fold: int, *, force: bool = False) -> StageResult
 
     def work() -> tuple[str, dict[str, Any], dict[str, bytes]]:
         from dl4gam_assets import ensemble as science
-        from dl4gam_assets.segmentation import fill_gaps
 
         ids = members_of(ws, fold, "valid")
         device, seed = choose_device(ws.device), ws.region.training.seed + fold
@@ -592,19 +659,17 @@ def calibration(ws: Workspace, fold: int, *, force: bool = False) -> StageResult
         after, _ = science.aggregate(logits, np.asarray(temperatures))
         ece = [science.expected_calibration_error(p, labels, settings.ece_bins) for p in (before, after)]
 
-        features, taus, truths, areas, intervals = [], [], [], [], []
-        for value in values.values():
-            mean, std = science.aggregate(value["logits"], np.asarray(temperatures))
-            mean, std, _ = fill_gaps(mean, std, value["valid"], value["zone"], value["dem"], ws.region.inference)
-            truth = float(value["outline"].sum() * value["pixel_km2"])
-            area = float(((mean >= ws.region.inference.threshold) & value["allowed"]).sum() * value["pixel_km2"])
-            features.append(science.tau_features(mean, std, value["allowed"], area))
+        features, taus, truths, areas = [], [], [], []
+        for glacier_id, value in values.items():
+            mean, std, allowed = _measured(ws.site, fold, glacier_id, temperatures)
+            truth = float(value["outline_px"] * value["pixel_km2"])
+            area = float(((mean >= ws.region.inference.threshold) & allowed).sum() * value["pixel_km2"])
+            features.append(science.tau_features(mean, std, allowed, area))
             taus.append(science.largest_covering_tau(
-                mean, std, value["allowed"], value["pixel_km2"], truth, settings.tau_step, settings.tau_max
+                mean, std, allowed, value["pixel_km2"], truth, settings.tau_step, settings.tau_max
             ))  # fmt: skip
             truths.append(truth)
             areas.append(area)
-            intervals.append((mean, std, value["allowed"], value["pixel_km2"]))
         rule = science.fit_tau(pd.DataFrame(features), np.asarray(taus), settings)
         table = pd.DataFrame(features).drop(columns="log_area").assign(
             glacier_id=list(values),
@@ -615,9 +680,11 @@ def calibration(ws: Workspace, fold: int, *, force: bool = False) -> StageResult
             tau=rule.predict(pd.DataFrame(features)),
         )  # fmt: skip
         bounds = []
-        for tau, (mean, std, allowed, pixel) in zip(table["tau"], intervals, strict=True):
+        for tau, (glacier_id, value) in zip(table["tau"], values.items(), strict=True):
+            mean, std, allowed = _measured(ws.site, fold, glacier_id, temperatures)  # again: not all of them at once
             lower, upper = science.interval_masks(mean, std, float(tau), allowed)
-            bounds.append((float(lower.sum() * pixel), float(upper.sum() * pixel)))
+            bounds.append((float(lower.sum() * value["pixel_km2"]), float(upper.sum() * value["pixel_km2"])))
+        ws.storage.remove_folder(_measured_folder(ws.site, fold))
         table[["lower_km2", "upper_km2"]] = bounds
         truth = table["inventory_area_km2"]
         table["inside"] = (table["lower_km2"] - 1e-9 <= truth) & (truth <= table["upper_km2"] + 1e-9)

@@ -25,7 +25,8 @@ def _glaciers(seed: int, bands: list[str], count: int = 3) -> list[Sample]:
         values = {b: np.round(rng.uniform(-0.02, 1.0, shape), 2).astype(np.float32) for b in bands}
         valid = rng.random(shape) < 0.8
         for band in values.values():
-            band[~valid & (rng.random(shape) < 0.5)] = np.nan
+            # Missing under clouds, and a few in usable pixels too, where one band is bad.
+            band[(~valid & (rng.random(shape) < 0.5)) | (rng.random(shape) < 0.1)] = np.nan
         out.append((values, rng.random(shape) < 0.5, valid, float(rng.uniform(0.1, 9))))
     return out
 
@@ -73,7 +74,7 @@ def test_the_best_of_all_thresholds_is_found(bands: list[str], seed: int) -> Non
 
 @pytest.mark.parametrize("bands", [["blue", "red", "swir16"], ["blue", "red", "nir"]])
 def test_the_oracle_is_an_upper_bound_on_each_glacier(bands: list[str]) -> None:
-    samples = _glaciers(11, bands, 4)
+    samples = _glaciers(11, bands, 8)
     regional = fit_baseline(samples, bands).iloc[0]
     names, better = set(), 0
     for sample in samples:

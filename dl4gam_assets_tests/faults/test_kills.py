@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
-from dl4gam_assets_tests.faults.kills import differences, half_written, killed
+from dl4gam_assets_tests.faults.kills import differences, forget, half_written, kill, killed
 from dl4gam_assets_tests.small_region import Small
 
 
@@ -17,6 +23,60 @@ def test_a_killed_run_ends_with_the_results_of_an_undisturbed_one(
 ) -> None:
     result = killed(small.copy(tmp_path / work), small.storage, work, kills, seed=5, seconds=seconds)
     assert result.wrong == [] and result.kills >= 1
+
+
+_PARTITION = """
+import sys
+import dagster as dg
+from dl4gam_assets.definitions import defs
+from dl4gam_assets.orchestrate import instance
+from dl4gam_assets.storage import Storage
+from dl4gam_assets.upkeep import give_up_lost_runs, own_process
+
+if __name__ == "__main__":
+    key = dg.AssetKey("ensemble_member")
+    job = defs.resolve_implicit_global_asset_job_def().get_subset(asset_selection={key})
+    with instance(Storage(sys.argv[1])) as opened:
+        give_up_lost_runs(opened)  # as the daemon does, or the run waits for the pool of the killed one
+        done = job.execute_in_process(instance=opened, partition_key=sys.argv[2], tags=own_process())
+    sys.exit(not done.success)
+"""
+
+
+def _launch(small: Small, partition: str) -> subprocess.Popen[bytes]:
+    """A run of one partition of ``ensemble_member`` in a process of its own."""
+    environment = os.environ | {"DL4GAM_HOME": str(small.home), "DL4GAM_REGION": str(small.yaml)}
+    return subprocess.Popen(
+        [sys.executable, "-c", _PARTITION, str(small.storage.root), partition],
+        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+
+
+@pytest.mark.timeout(900)
+def test_a_killed_partition_of_a_member_goes_on_in_the_next_run(small: Small, tmp_path: Path) -> None:
+    """kill -9 to a Dagster run while it trains; launched again it trains the epochs that are left, to the same bits."""
+    copy = small.copy(tmp_path / "copy")
+    forget(copy.storage, "training")
+    root = Path(str(copy.storage.root))
+    state, model = root / "work" / "fold=1" / "member=01" / "state.json", root / "models" / "fold=1" / "member=01"
+    first, limit = _launch(copy, "fold_1|member_01"), time.monotonic() + 400
+    while not state.exists() or len(json.loads(state.read_text())["history"]) < 2:
+        assert first.poll() is None, first.stderr and first.stderr.read().decode()[-1500:]
+        assert time.monotonic() < limit, "the member did not reach its second epoch"
+        time.sleep(0.005)
+    kill(first)
+    before = json.loads(state.read_text())["history"]
+    assert 2 <= len(before) < copy.region.training.epochs and not model.exists()
+    second = _launch(copy, "fold_1|member_01")
+    _, errors = second.communicate(timeout=400)
+    assert second.returncode == 0, errors.decode()[-1500:]
+    history = pd.read_parquet(model / "history.parquet")
+    # What was measured in the epochs before the kill is still there: the second run began after them.
+    assert history["seconds"].tolist()[: len(before)] == [row["seconds"] for row in before]
+    assert history["epoch"].tolist() == list(range(1, copy.region.training.epochs + 1))
+    there = Path(str(small.storage.root)) / "models" / "fold=1" / "member=01" / "model.safetensors"
+    assert (model / "model.safetensors").read_bytes() == there.read_bytes()
+    assert not state.exists()
 
 
 def test_what_is_wrong_is_found(small: Small, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +124,47 @@ def test_every_evaluation_shows_the_baselines(home: Path) -> None:
     without = _run(_workspace(home, {}, **{"baseline.random_forest": False}))
     assert set(without["method"]) == methods - {"random forest"}
     assert np.isfinite(read_prediction(Path(str(Storage(home).prediction(2015, "G0"))))["mean"]).all()
+
+
+def test_calibration_holds_one_validation_glacier_at_a_time(home: Path, small: Small) -> None:
+    """Sixteen validation glaciers take little more memory than one; their logits and masks pass through files."""
+    ws = _workspace(home, {}, **{"calibration.pixel_share": 0.01})
+    cubes = ws.storage.read_table("cubes", year=2015)
+    folds = ws.storage.read_table("folds")
+    copies = [f"G3-{k:02d}" for k in range(16)]
+
+    def peak(ids: list[str]) -> int:
+        """Bytes at once."""
+        source = ws.storage.cube(2015, "G3")
+        for glacier_id in ids:
+            Path(str(ws.storage.cube(2015, glacier_id))).write_bytes(source.read_bytes())
+        extra = cubes[cubes["glacier_id"] == "G3"].iloc[[0] * len(ids)].assign(glacier_id=ids)
+        ws.storage.write_table("cubes", pd.concat([cubes, extra]).drop(columns="year"), {"year": 2015})
+        rows = pd.DataFrame([{"glacier_id": g, "fold": 1, "role": "valid"} for g in ids])
+        ws.storage.write_table("folds", pd.concat([folds[folds["role"] != "valid"], rows]))
+        tracemalloc.start()
+        try:
+            training.calibration(ws, 1, force=True)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    try:
+        training.calibration(ws, 1, force=True)  # imports and caches
+        one, many = peak(copies[:1]), peak(copies)
+    finally:
+        ws.storage.write_table("cubes", cubes.drop(columns="year"), {"year": 2015})
+        ws.storage.write_table("folds", folds)
+    box = np.argwhere(_zone(home, "G3"))
+    pixels = int(np.prod(box.max(axis=0) - box.min(axis=0) + 1))
+    held = 25 * pixels  # bytes of a glacier: two members, mean and deviation, four masks and another, elevation
+    assert many - one < 0.7 * 15 * held
+    assert not ws.storage.path("work", "calibration", "fold=1").exists()
+
+
+def _zone(home: Path, glacier_id: str) -> np.ndarray:
+    with open_cube(Path(str(Storage(home).cube(2015, glacier_id)))) as cube:
+        return cube_mask(cube, "zone_50")
 
 
 def test_the_forest_is_the_same_whenever_it_is_fitted(home: Path) -> None:

@@ -110,6 +110,34 @@ def test_weights_that_can_not_be_downloaded_say_what_to_do(monkeypatch: pytest.M
         build_model(RESNET.model_copy(update={"encoder_weights": "imagenet"}))
 
 
+def test_imagenet_weights_of_the_hub_are_adapted_to_all_channels(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The published network's way: weights by name from the hub's cache on disk, three channels made sixteen."""
+    from huggingface_hub import constants
+
+    from dl4gam_assets.segmentation._compat import import_smp
+
+    smp = import_smp()
+    listed = smp.encoders.encoders["resnet34"]["pretrained_settings"]["imagenet"]
+    torch.manual_seed(5)
+    weights = smp.encoders.get_encoder("resnet34", in_channels=3, weights=None).state_dict()
+    folder = tmp_path / f"models--{listed['repo_id'].replace('/', '--')}" / "snapshots" / listed["revision"]
+    folder.mkdir(parents=True)
+    save_file({k: v.contiguous() for k, v in weights.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    published = ModelSettings()
+    assert published.encoder_weights == "imagenet" and len(published.channels) == 16
+    got = build_model(published).get_submodule("encoder").state_dict()
+    first = weights["conv1.weight"]
+    assert got["conv1.weight"].shape == (64, 16, 7, 7)
+    for channel in range(16):  # they repeat, scaled to keep the sum
+        torch.testing.assert_close(got["conv1.weight"][:, channel], first[:, channel % 3] * 3 / 16)
+    assert all(torch.equal(got[k], v) for k, v in weights.items() if k != "conv1.weight")
+
+
 # --------------------------------------------------------------------------------------------- member files
 @pytest.fixture
 def member(small: Small, tmp_path: Path) -> tuple[Storage, str, torch.nn.Module]:

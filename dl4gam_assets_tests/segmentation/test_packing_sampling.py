@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dl4gam_assets.compute import Mapper, close_clusters
-from dl4gam_assets.cubes import channel_stack, cube_mask, open_cube
+from dl4gam_assets.cubes import channel_stack, cube_mask, open_cube, write_cube
 from dl4gam_assets.segmentation import PackedCubes, normalize, pack_cubes, patch_centres, symmetry
 from dl4gam_assets.segmentation.batches import batches, patch_source
-from dl4gam_assets.segmentation.packing import MISSING, Packed, channel_step
+from dl4gam_assets.segmentation.packing import MISSING, Packed, channel_step, in_use, remove_unused
 from dl4gam_assets.segmentation.sampling import Normalizer, cut_batch, draw_patches, patch_corner, patch_cover
 from dl4gam_assets.settings import PUBLISHED_CHANNELS
 from dl4gam_assets.terrain import terrain_derivatives
-from dl4gam_assets_tests.segmentation.conftest import CHANNELS, TRAINING, Small
+from dl4gam_assets_tests.segmentation.conftest import CHANNELS, TRAINING, Small, glacier_cube
 
 DERIVED = {"ndvi", "ndwi", "ndsi", "sin_aspect", "cos_aspect"}
 
@@ -126,24 +131,60 @@ def test_patches_are_moved_inside_and_padded_as_invalid(small: Small) -> None:
     assert not w[2, 60:].any() and not w[2, :, 58:].any() and (x[2, :, 60:] == MISSING).all()
 
 
-@pytest.mark.parametrize("which", range(8))
-def test_terrain_of_a_turned_surface_is_the_turned_terrain(which: int) -> None:
-    """Slope and curvature follow as scalars, the aspect as a vector: as the derivatives of the turned DEM."""
+TERRAIN = ["sin_aspect", "cos_aspect", "slope", "planform_curvature", "profile_curvature", "terrain_ruggedness_index"]
+
+
+def _surface() -> np.ndarray:
+    """A rough slope with a lake in its middle."""
     rows, cols = np.mgrid[:48, :48].astype(np.float32)
     dem = (40 * np.sin(rows / 9) + 60 * np.cos(cols / 13) + rows * 3 - cols + 0.01 * rows * cols).astype(np.float32)
-    names = ["sin_aspect", "cos_aspect", "slope", "profile_curvature"]
+    dem[14:30, 10:32] = dem[14:30, 10:32].mean()
+    return dem
 
-    def channels(surface: np.ndarray) -> np.ndarray:
+
+@pytest.mark.parametrize("which", range(8))
+def test_terrain_of_a_turned_surface_is_the_turned_terrain(which: int) -> None:
+    """Slope, curvatures and ruggedness follow as scalars, the aspect as a vector, and that of flat ground not at all:
+    as the derivatives of the turned DEM."""
+    dem = _surface()
+
+    def channels(surface: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         d = terrain_derivatives(surface, 10.0)
         aspect = np.deg2rad(d["aspect"])
-        return np.stack([np.sin(aspect), np.cos(aspect), d["slope"], d["profile_curvature"]])
+        return np.stack([np.sin(aspect), np.cos(aspect), *(d[name] for name in TERRAIN[2:])]), d["slope"] == 0
 
     none = np.zeros(dem.shape, bool)
     turned_dem = np.rot90(dem[:, ::-1] if which >= 4 else dem, which % 4)
-    expected = channels(np.ascontiguousarray(turned_dem))
-    got, _, _ = symmetry(channels(dem), none, none, names, which)
+    expected, lake = channels(np.ascontiguousarray(turned_dem))
+    stack, flat = channels(dem)
+    assert 100 < flat.sum() < flat.size / 4
+    got, _, _ = symmetry(stack, none, none, TERRAIN, which, flat)
     inner = (slice(None), slice(3, -3), slice(3, -3))
-    np.testing.assert_allclose(got[inner], expected[inner], atol=2e-3)
+    # Ruggedness is tens of metres at the shore, and curvatures in 1/100 m reach a hundred.
+    scale = np.maximum(np.abs(expected[inner]).max(axis=(1, 2)), 1)[:, None, None]
+    np.testing.assert_allclose(got[inner] / scale, expected[inner] / scale, atol=2e-3)
+    np.testing.assert_array_equal(got[:2, lake], np.array([[0.0], [1.0]]).repeat(lake.sum(), axis=1))
+
+
+@pytest.mark.parametrize("where", ["mapped", "resident"])
+def test_the_aspect_of_flat_ground_stays_in_batches(tmp_path: Path, where: str) -> None:
+    """A cube with a lake, packed: both ways that make batches leave its aspect alone in all symmetries."""
+    cube = glacier_cube(0, (48, 48))
+    for name, layer in {"dem": _surface(), **terrain_derivatives(_surface(), 10.0)}.items():
+        cube[name] = (("y", "x"), layer)
+    write_cube(cube, tmp_path / "G0.nc")
+    packed = pack_cubes({"G0": tmp_path / "G0.nc"}, CHANNELS, tmp_path / "packed")
+    layers = packed.glacier("G0")
+    assert layers.flat.sum() > 100
+    chosen = np.tile([0, 24, 24], (8, 1))
+    x = patch_source(packed, ["G0"], 48, "cpu", where).batch(chosen, np.arange(8))[0].numpy()
+    east, north = CHANNELS.index("sin_aspect"), CHANNELS.index("cos_aspect")
+    one = layers.channels[north][layers.flat][0]
+    for which in range(8):
+        flat, _, _ = symmetry(layers.flat, layers.flat, layers.flat, (), which)
+        assert (x[which, east][flat] == 0).all() and (x[which, north][flat] == one).all()
+        moved, _, _ = symmetry(layers.channels[[east, north]], flat, flat, (), which)
+        assert which == 0 or (x[which][[east, north]] != moved)[:, ~flat].mean() > 0.3  # elsewhere it turns
 
 
 def test_symmetries_keep_missing_integers_and_need_both_parts_of_the_aspect() -> None:
@@ -153,6 +194,16 @@ def test_symmetries_keep_missing_integers_and_need_both_parts_of_the_aspect() ->
         assert (symmetry(patch, mask, mask, ["sin_aspect", "cos_aspect"], which)[0] == MISSING).all()
     with pytest.raises(ValueError, match="both sin_aspect and cos_aspect"):
         symmetry(patch, mask, mask, ["sin_aspect", "dem"], 1)
+
+
+@pytest.mark.parametrize("where", ["mapped", "resident"])
+def test_a_lone_part_of_the_aspect_is_never_turned_silently(small: Small, tmp_path: Path, where: str) -> None:
+    packed = pack_cubes({"G0": small.cubes["G0"]}, ["red", "cos_aspect"], tmp_path / "packed")
+    source = patch_source(packed, ["G0"], 32, "cpu", where)
+    chosen = np.array([[0, 40, 40]])
+    assert source.batch(chosen, np.array([0])).x.shape == (1, 2, 32, 32)
+    with pytest.raises(ValueError, match="both sin_aspect and cos_aspect"):
+        source.batch(chosen, np.array([3]))
 
 
 @settings(max_examples=50, deadline=None)
@@ -220,3 +271,56 @@ def test_damaged_cubes_are_named_all_at_once_and_nothing_is_left(small: Small, t
     with pytest.raises(ValueError, match=r"(?s)2 of 4 glacier cubes can not be read.*G1.*G2"):
         pack_cubes(cubes, CHANNELS, tmp_path / "p")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["G1.nc", "G2.nc"]
+
+
+_PACKER = """
+import sys, time
+from pathlib import Path
+from dl4gam_assets.segmentation.packing import in_use
+with in_use(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_only_packed_folders_that_nobody_uses_are_removed(small: Small, tmp_path: Path) -> None:
+    """Those that a living process reads or writes stay; the lock of a killed one is gone with it."""
+    cubes = {"G0": small.cubes["G0"]}
+    for name in ("old", "held", "of-another"):
+        pack_cubes(cubes, CHANNELS, tmp_path / name)
+    young, left = tmp_path / ".tmp-1-young", tmp_path / ".tmp-2-left"
+    for folder in (young, left):
+        folder.mkdir()
+        (folder / "channels.bin").write_bytes(b"half")
+    for path in (left, left / "channels.bin"):
+        os.utime(path, (0, 0))
+    other = subprocess.Popen(
+        [sys.executable, "-c", _PACKER, str(tmp_path / "of-another")], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with in_use(tmp_path / "held"):
+            assert remove_unused(tmp_path) == [".tmp-2-left", "old"]
+            assert sorted(p.name for p in tmp_path.iterdir()) == [".tmp-1-young", "held", "of-another"]
+            assert PackedCubes.open(tmp_path / "held").ids == ["G0"]
+    finally:
+        other.kill()
+        other.wait()
+    assert remove_unused(tmp_path) == ["held", "of-another"]
+    assert remove_unused(tmp_path / "nowhere") == []
+
+
+def test_two_that_pack_the_same_at_once_do_no_harm(small: Small, tmp_path: Path) -> None:
+    """The second begins, and ends, while the first is at work: both end with whole files."""
+    inner: list[PackedCubes] = []
+
+    @contextlib.contextmanager
+    def reading(path: Path) -> Iterator[Path]:
+        if not inner:
+            inner.append(pack_cubes(small.cubes, CHANNELS, tmp_path / "p"))
+        yield path
+
+    outer = pack_cubes(small.cubes, CHANNELS, tmp_path / "p", reading=reading)
+    assert [outer.checksum(g) for g in outer.ids] == [small.packed.checksum(g) for g in small.packed.ids]
+    np.testing.assert_array_equal(outer.stack("G3"), small.packed.stack("G3"))
+    assert [p.name for p in tmp_path.iterdir()] == ["p"]

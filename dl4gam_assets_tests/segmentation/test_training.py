@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,7 +19,7 @@ import pytest
 import torch
 
 from dl4gam_assets.segmentation import TrainedMember, TrainingError, pack_cubes, train_member
-from dl4gam_assets.segmentation.inference import predict_logits
+from dl4gam_assets.segmentation.inference import low_precision, predict_logits
 from dl4gam_assets.segmentation.model import build_model
 from dl4gam_assets.segmentation.sampling import Normalizer, draw_patches, patch_centres, patch_corner
 from dl4gam_assets.segmentation.training import MEASURED, learning_rate
@@ -31,10 +33,10 @@ TRAIN, VALID = ["G0", "G2", "G3"], ["G1"]
 def _train(
     small: Small, work: Path, seed: int = 3, training: TrainingSettings = TRAINING, **other: object
 ) -> TrainedMember:
-    options = {"train_ids": TRAIN, "valid_ids": VALID} | other
+    options = {"train_ids": TRAIN, "valid_ids": VALID, "device": "cpu", "threads": 1} | other
     return train_member(
-        small.packed, statistics=small.statistics, model_settings=MODEL, training=training, seed=seed, device="cpu",
-        work_dir=work, threads=1, **options,  # type: ignore[arg-type]
+        small.packed, statistics=small.statistics, model_settings=MODEL, training=training, seed=seed, work_dir=work,
+        **options,  # type: ignore[arg-type]
     )  # fmt: skip
 
 
@@ -131,6 +133,47 @@ def test_a_killed_training_goes_on_with_the_same_result(small: Small, whole: Tra
     assert _curves(resumed).equals(_curves(whole))
     # A finished training is not trained again.
     assert _same(_train(small, work, progress=lambda row: seen.append(-1)), whole) and -1 not in seen
+
+
+def test_a_training_goes_on_with_the_threads_that_it_began_with(
+    small: Small, whole: TrainedMember, tmp_path: Path
+) -> None:
+    """Sums of another number of threads have other last bits."""
+
+    class KilledError(Exception):
+        pass
+
+    def kill(row: dict[str, Any]) -> None:
+        if row["epoch"] == 2:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        _train(small, tmp_path, progress=kill)
+    try:
+        resumed = _train(small, tmp_path, threads=2)
+    finally:
+        torch.set_num_threads(1)
+    assert whole.engine["threads"] == resumed.engine["threads"] == 1
+    assert _same(resumed, whole)
+
+
+def test_the_best_epoch_of_a_state_is_its_own(small: Small, whole: TrainedMember, tmp_path: Path) -> None:
+    """A file that a killed training left under the name of the best epoch is written again."""
+
+    class KilledError(Exception):
+        pass
+
+    def kill(row: dict[str, Any]) -> None:
+        if row["epoch"] == 1:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        _train(small, tmp_path, progress=kill)
+    for epoch in range(2, TRAINING.epochs + 1):
+        shutil.copy(tmp_path / "best-1.safetensors", tmp_path / f"best-{epoch}.safetensors")
+    _train(small, tmp_path)
+    assert whole.best_epoch > 1
+    assert _same(_train(small, tmp_path), whole)  # the best weights come from the file now
 
 
 def test_the_state_of_another_training_is_not_used(small: Small, tmp_path: Path) -> None:
@@ -254,3 +297,77 @@ def test_bootstrap_members_leave_glaciers_out(small: Small, tmp_path: Path) -> N
     np.testing.assert_array_equal(drawn[5], draw_patches(small.packed, ids, several, 5))
     trained = _train(small, tmp_path, training=several)
     assert trained.train_patches == several.train_patches
+
+
+def test_the_peak_of_memory_is_this_training_s_own(small: Small, tmp_path: Path) -> None:
+    """What an earlier member of the same process needed is not counted again."""
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("only Linux forgets a process's peak")
+    short = TRAINING.model_copy(update={"epochs": 1, "train_patches": 8})
+    large = np.ones(2**28, dtype=np.uint8)  # 256 MiB
+    del large
+    before = float(_train(small, tmp_path / "a", training=short).history["peak_memory_mb"].iloc[0])
+    large = np.ones(2**28, dtype=np.uint8)
+    held = float(_train(small, tmp_path / "b", training=short).history["peak_memory_mb"].iloc[0])
+    del large
+    after = float(_train(small, tmp_path / "c", training=short).history["peak_memory_mb"].iloc[0])
+    assert held - before > 200 and held - after > 200
+
+
+# --------------------------------------------------------------------------------------------- on a GPU
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture(scope="module")
+def whole_on_cuda(small: Small, tmp_path_factory: pytest.TempPathFactory) -> TrainedMember:
+    return _train(small, tmp_path_factory.mktemp("cuda"), device="cuda")
+
+
+@cuda
+@pytest.mark.parametrize("data", ["mapped", "resident"])
+def test_on_a_gpu_the_seed_decides_every_bit(
+    small: Small, whole_on_cuda: TrainedMember, tmp_path: Path, data: str
+) -> None:
+    again = _train(small, tmp_path, device="cuda", data=data)
+    assert again.engine["training_data"] == data and again.engine["device"].startswith("cuda (")
+    assert _same(again, whole_on_cuda) and _curves(again).equals(_curves(whole_on_cuda))
+    assert again.validation_iou > 0.8
+
+
+@cuda
+def test_on_a_gpu_an_interrupted_training_goes_on_to_the_same_bits(
+    small: Small, whole_on_cuda: TrainedMember, tmp_path: Path
+) -> None:
+    class KilledError(Exception):
+        pass
+
+    def kill(row: dict[str, Any]) -> None:
+        if row["epoch"] == 2:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        _train(small, tmp_path, device="cuda", progress=kill)
+    seen: list[int] = []
+    resumed = _train(small, tmp_path, device="cuda", progress=lambda row: seen.append(row["epoch"]))
+    assert seen == [3, 4] and _same(resumed, whole_on_cuda)
+
+
+@cuda
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_on_a_gpu_members_learn_in_both_precisions(small: Small, tmp_path: Path, precision: str) -> None:
+    trained = _train(small, tmp_path, device="cuda", training=TRAINING.model_copy(update={"precision": precision}))
+    assert trained.engine["precision"] == {"fp32": "fp32", "bf16": "bf16-mixed"}[precision]
+    assert trained.validation_iou > 0.8 and all(v.dtype != torch.bfloat16 for v in trained.state.values())
+
+
+@cuda
+def test_on_a_gpu_the_precision_is_that_of_its_hardware(small: Small, whole_on_cuda: TrainedMember) -> None:
+    native = torch.cuda.get_device_capability() >= (8, 0)
+    assert whole_on_cuda.engine["precision"] == ("bf16-mixed" if native else "fp32")
+
+
+def test_bf16_that_a_gpu_only_emulates_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch answers for a GPU before Ampere, which this machine has not."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert not low_precision(InferenceSettings(), "cuda")
+    assert low_precision(InferenceSettings(precision="bf16"), "cuda")

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 
-from dl4gam_assets.compute import Mapper, close_clusters, count_accelerators, own_device
+from dl4gam_assets.compute import Mapper, close_clusters, count_accelerators, default_workers, own_device
 from dl4gam_assets.cubes import open_cube, write_cube
 from dl4gam_assets.segmentation import load_member
 from dl4gam_assets.settings import Region, load_region
@@ -83,35 +85,31 @@ if __name__ == "__main__":
 
 
 @pytest.fixture(scope="module")
-def undisturbed(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A store whose two members were trained side by side."""
     root = make_store(small, tmp_path_factory.mktemp("undisturbed"))
-    # One torch thread a member, as in the processes of the test below.
-    out = _in_threads_of_one(workspace(root))
+    out = training.ensemble_members(workspace(root, workers=2), WANTED)
     assert all(isinstance(r, StageResult) for r in out.values())
-    return root
+    yield root
+    close_clusters()
 
 
-def _in_threads_of_one(ws: Workspace) -> dict[str, Any]:
-    packed, _ = training.pack(ws)
-    for fold, member in WANTED.values():
-        now = training.input_fingerprint(training._member_inputs(ws, fold, member, ws.region))
-        row = training.train_one(ws.site, fold, member, str(packed), "cpu", 1, now)
-        done = training.Done(f"{member}", row)
-        training._store_member(ws, fold, member, now, done)
-    return training.ensemble_members(ws, WANTED)
+def _history(root: Path, member: int) -> pd.DataFrame:
+    return pd.read_parquet(str(Storage(root).model(1, member) / "history.parquet"))
 
 
 def test_members_killed_with_their_processes_go_on_to_the_same_weights(
     small: Small, undisturbed: Path, tmp_path: Path
 ) -> None:
-    """SIGKILL to the run and its two workers in the middle of training; the next run ends with the same bits."""
+    """SIGKILL to the run and its two workers in the middle of training; the next run trains the epochs that are left,
+    and ends with the same bits."""
     root = make_store(small, tmp_path / "store")
     child = subprocess.Popen(
         [sys.executable, "-c", _CHILD, str(root)], stderr=subprocess.PIPE, start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     states = [root / "work" / "fold=1" / f"member=0{m}" / "state.json" for m in (1, 2)]
-    limit = time.monotonic() + 120
+    limit = time.monotonic() + 400
     # As soon as one has ended an epoch: on a busy machine it may be done before the other begins.
     while not any(s.exists() for s in states):
         assert child.poll() is None, child.stderr and child.stderr.read().decode()[-1500:]
@@ -119,13 +117,146 @@ def test_members_killed_with_their_processes_go_on_to_the_same_weights(
         time.sleep(0.005)
     os.killpg(child.pid, signal.SIGKILL)
     child.wait()
-    reached = [json.loads(s.read_text())["epoch"] for s in states if s.exists()]
-    assert len(reached) + len(_hashes(root)) >= 1 and all(1 <= e <= TRAINING.epochs for e in reached)
+    before = {m: json.loads(s.read_text())["history"] for m, s in zip((1, 2), states, strict=True) if s.exists()}
+    assert any(1 <= len(epochs) < TRAINING.epochs for epochs in before.values())
     assert not any((root / "models" / "fold=1").rglob("*.tmp*"))
-    out = _in_threads_of_one(workspace(root))
+    out = training.ensemble_members(workspace(root, workers=2), WANTED)
     assert all(isinstance(r, StageResult) for r in out.values())
     assert _hashes(root) == _hashes(undisturbed)
     assert not any(s.exists() for s in states)  # finished members leave no state behind
+    seconds = Storage(root).read_table("members", fold=1).set_index("member")["seconds"]
+    for member, epochs in before.items():
+        # What was measured in the epochs before the kill is still there: they were not trained again.
+        history = _history(root, member)
+        assert history["seconds"].tolist()[: len(epochs)] == [row["seconds"] for row in epochs]
+        assert history["epoch"].tolist() == list(range(1, TRAINING.epochs + 1))
+        assert seconds[member] == pytest.approx(history["seconds"].sum())  # of both processes
+
+
+def test_a_member_trained_alone_is_the_one_that_is_trained_beside_others(
+    small: Small, undisturbed: Path, tmp_path: Path
+) -> None:
+    """One run for each member, as the UI makes them, and one of the two already there: the same bits."""
+    root = make_store(small, tmp_path)
+    for key, numbers in WANTED.items():
+        assert isinstance(training.ensemble_members(workspace(root, workers=2), {key: numbers})[key], StageResult)
+    assert _hashes(root) == _hashes(undisturbed)
+    _, meta = load_member(Storage(root), Storage(root).model(1, 1))
+    assert meta["engine"]["threads"] == max(default_workers() // 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("compute", "workers", "expected"),
+    [
+        ({}, 8, (8, 1)),  # as many at once as there are workers
+        ({"workers": 2}, 2, (2, 4)),
+        ({"members_at_once": 4}, 8, (4, 2)),
+        ({"partitions_per_run": 1}, 8, (1, 8)),  # one member a run: it has all cores
+        ({"members_at_once": 2, "partitions_per_run": 1}, 8, (2, 4)),
+        ({"workers": 16}, 16, (16, 1)),
+    ],
+)
+def test_threads_follow_from_settings_and_machine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compute: dict[str, int], workers: int, expected: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(training, "default_workers", lambda: 8)
+    region = region_of()
+    region = region.model_copy(update={"compute": region.compute.model_copy(update=compute)})
+    mapper, threads = training._member_processes(Workspace(region, Storage(tmp_path), Mapper(workers), device="cpu"))
+    assert (mapper.workers, threads) == expected
+
+
+def test_more_cores_than_members_are_shared_by_those_there_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(training, "default_workers", lambda: 64)
+    region = region_of()  # 5 folds of 2 members
+    _, threads = training._member_processes(Workspace(region, Storage(tmp_path), Mapper(64), device="cpu"))
+    assert threads == 6
+
+
+@pytest.mark.parametrize(("gpus", "at_once", "expected"), [(0, 0, (4, 2)), (2, 0, (2, 4)), (0, 2, (8, 1))])
+def test_several_gpus_have_processes_each(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gpus: int, at_once: int, expected: tuple[int, int]
+) -> None:
+    """A machine of four GPUs and eight cores, which this one is not."""
+    import torch
+
+    monkeypatch.setattr(training, "default_workers", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    region = region_of()
+    compute = region.compute.model_copy(update={"gpus": gpus, "members_at_once": at_once})
+    ws = Workspace(region.model_copy(update={"compute": compute}), Storage(tmp_path), Mapper(8), device="auto")
+    mapper, threads = training._member_processes(ws)
+    assert (mapper.workers, threads) == expected
+
+
+def test_a_member_that_was_stored_but_not_recorded_is_taken_as_it_is(
+    small: Small, undisturbed: Path, tmp_path: Path
+) -> None:
+    """A run that was killed between the end of its worker and the record trains nothing again."""
+    root = make_store(small, tmp_path)
+    ws = workspace(root, workers=2)
+    now = training.input_fingerprint(training._member_inputs(ws, 1, 1, ws.region))
+    packed, _ = training.pack(ws)
+    row = training.train_one(ws.site, 1, 1, str(packed), "cpu", max(default_workers() // 2, 1), now)
+    measured = row["history"]["seconds"].tolist()
+    one = {"fold_1|member_01": (1, 1)}
+
+    def again(**how: Any) -> list[float]:
+        assert isinstance(training.ensemble_members(ws, one, **how)["fold_1|member_01"], StageResult)
+        assert _hashes(root)[1] == _hashes(undisturbed)[1]
+        return list(_history(root, 1)["seconds"])
+
+    assert again() == measured
+    recorded = ws.storage.read_table("members", fold=1).iloc[0]
+    assert {k: recorded[k] for k in row if k != "history"} == {k: v for k, v in row.items() if k != "history"}
+    # Not if it is damaged, of other settings, or wanted anew.
+    weights = Path(str(ws.storage.model(1, 1) / "model.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-4] + b"1234")
+    fresh = again()
+    assert fresh != measured
+    assert again(force=True) != fresh
+    state = ws.storage.read_state("ensemble_member", "fold_1.member_01")
+    other = training.ensemble_members(ws, one, {"epochs": 2})["fold_1|member_01"]
+    assert isinstance(other, StageResult) and len(_history(root, 1)) == 2
+    assert ws.storage.read_state("ensemble_member", "fold_1.member_01") != state
+
+
+def test_a_file_of_encoder_weights_is_known_by_its_content(small: Small, tmp_path: Path) -> None:
+    """Another file under the same name trains again; the same file elsewhere does not."""
+    from safetensors.torch import save_file
+
+    from dl4gam_assets.segmentation import build_model
+
+    root = make_store(small, tmp_path / "store")
+
+    def write(path: Path) -> None:
+        path.parent.mkdir(exist_ok=True)
+        save_file(build_model(MODEL).get_submodule("encoder").state_dict(), path)
+
+    def train(path: Path) -> StageResult | Exception:
+        region = region_of(epochs=1)
+        region = region.model_copy(update={"model": MODEL.model_copy(update={"encoder_weights": str(path)})})
+        ws = Workspace(region, Storage(root), Mapper(1), device="cpu")
+        return training.ensemble_members(ws, {"a": (1, 1)})["a"]
+
+    first, elsewhere = tmp_path / "a" / "encoder.safetensors", tmp_path / "b" / "encoder.safetensors"
+    write(first)
+    made = train(first)
+    assert isinstance(made, StageResult) and not made.unchanged
+    assert made.metadata["encoder_weights"].startswith("encoder.safetensors (")
+    elsewhere.parent.mkdir()
+    shutil.copy(first, elsewhere)
+    moved = train(elsewhere)
+    assert isinstance(moved, StageResult) and moved.unchanged
+    write(first)
+    other = train(first)
+    assert isinstance(other, StageResult) and not other.unchanged
+    assert other.metadata["encoder_weights"] != made.metadata["encoder_weights"]
+    assert other.metadata["initial_weights_sha256"] != made.metadata["initial_weights_sha256"]
+    first.unlink()
+    gone = train(first)
+    assert isinstance(gone, UpstreamError) and "encoder.safetensors does not exist" in str(gone)
 
 
 def test_members_say_how_they_were_trained(undisturbed: Path) -> None:
