@@ -211,21 +211,9 @@ def _concerned(
         return NONE, NONE
     everything = graph.reach(asset, numbers)[0]
     if asset == "scene_candidates":
-        if keys or before is None:  # another search, other scores
-            return NONE, everything
-        year = numbers[0]
-        items = {
-            item
-            for file in changed_files(ws, asset, label, sampled_hash)
-            for item in file.labels
-        }  # fmt: skip
-        candidates = ws.storage.read_table("candidates", year=year)
-        touched = candidates[[not items.isdisjoint(str(s).split("+")) for s in candidates["scene_ids"]]]
-        scenes = ws.storage.read_table("scenes", year=year)
-        used = scenes[scenes["selected"].astype(bool)]
-        used = used[[not items.isdisjoint(str(s).split("+")) for s in used["scene_ids"]]]
-        certain = frozenset(used["glacier_id"])
-        return certain, frozenset(touched["glacier_id"]) - certain
+        certain, touched = _of_files(ws, label, numbers[0])
+        # Another search or other scores: any glacier may get another image. Files are followed one by one even then.
+        return certain, (everything if keys or before is None else touched) - certain
     if asset == "selected_scenes" and keys and not any(k.startswith("candidates") for k in keys):
         return _other_choice(ws, numbers[0]), NONE
     if asset in {"elevation", "elevation_change"} and keys:
@@ -233,6 +221,20 @@ def _concerned(
         if found is not None:
             return found, NONE
     return everything, NONE
+
+
+def _of_files(ws: Workspace, label: str, year: int) -> tuple[Ids, Ids]:
+    """Glaciers whose image has a file that is another one now, and those for which it is only a candidate."""
+    items = {item for file in changed_files(ws, "scene_candidates", label, sampled_hash) for item in file.labels}
+    if not items:
+        return NONE, NONE
+
+    def holding(table: pd.DataFrame) -> Ids:
+        return frozenset(table.loc[[not items.isdisjoint(str(s).split("+")) for s in table["scene_ids"]], "glacier_id"])
+
+    scenes = ws.storage.read_table("scenes", year=year)
+    certain = holding(scenes[scenes["selected"].astype(bool)])
+    return certain, holding(ws.storage.read_table("candidates", year=year)) - certain
 
 
 def _other_choice(ws: Workspace, year: int) -> Ids:
