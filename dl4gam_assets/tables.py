@@ -520,6 +520,9 @@ _TABLES = [
         _c("run_id", "string", "Dagster run of that materialization; null: made without Dagster"),
         _c("materialization_id", "string", "Id of that materialization, also in its metadata in Dagster"),
         _c("code_version", "string", "Version of this package that made it"),
+        _c("settings_fingerprint", "string", "Settings of the region when it was made; key of table settings"),
+        _c("software_fingerprint", "string", "Versions of the packages that made it; key of table software"),
+        _c("hardware", "string", "Class of the processor, and the accelerator, that made it"),
         _c("time", "timestamp", "When it was made, UTC"),
     ), ("year", "fold")),
     Table("settings", "All settings that results were made with, by fingerprint.", (

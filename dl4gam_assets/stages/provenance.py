@@ -32,7 +32,7 @@ from dl4gam_assets.stages.base import (
     utc_now,
     year_fold_label,
 )
-from dl4gam_assets.storage import safe_name
+from dl4gam_assets.storage import Storage, safe_name
 from dl4gam_assets.tables import TABLES
 
 if TYPE_CHECKING:
@@ -68,25 +68,23 @@ def write_lineage(
     """
     storage, region, terrain = ws.storage, ws.region, ws.region.terrain
     index = pd.Index(ids, name="glacier_id", dtype=object)
-    scenes = storage.read_table("scenes", year=year)
-    scenes = scenes[scenes["selected"].astype(bool)].set_index("glacier_id").reindex(index)
+    scenes = _images_of(storage.read_table("scenes", year=year), cubes.reindex(index))
     static = storage.read_table("elevations").set_index("glacier_id")["fingerprint"].reindex(index)
     dhdt = storage.read_table("elevation_changes", year=year).set_index("glacier_id").reindex(index)
-    members = storage.read_table("members", fold=fold).sort_values("member")
-    calibrated = storage.read_table("calibration", fold=fold)["member"]
-    members = members[members["member"].isin(calibrated)]
+    members = calibrated_members(storage, fold)
     keys, tiles = terrain_of(ws.site, year, ids)
     made = [m for m in (_materialization(ws, asset, label) for asset, label in chain_of(year, fold)) if m is not None]
     by_asset = {m.asset: m for m in made}
     own = year_fold_label(year, fold)
+    settings, versions = record_settings(storage, region), record_software(storage)
     last = Materialization(
         asset="glacier_areas", partition=own, output="", run_id=ws.run_id,
         materialization_id=materialization_id("glacier_areas", own, ws.run_id) if ws.run_id else None,
-        code_version=code_version(), time=utc_now(),
+        code_version=code_version(), settings_fingerprint=settings, software_fingerprint=versions,
+        hardware=hardware_class(), time=utc_now(),
     )  # fmt: skip
     runs = {asset: by_asset[asset].run_id for asset in ("glacier_cubes", "calibration", "glacier_predictions")
             if asset in by_asset} | {"glacier_areas": ws.run_id}  # fmt: skip
-    settings, versions = record_settings(storage, region), record_software(storage)
     start = dhdt["period_start"]
     imported = published.cubes_import(storage, year) is not None
     source = "layer of the published cube, by the settings" if imported else terrain.elevation_change_source or "dh/dt"
@@ -143,13 +141,34 @@ def write_lineage(
     )  # fmt: skip
 
 
+def _images_of(scenes: pd.DataFrame, cubes: pd.DataFrame) -> pd.DataFrame:
+    """The rows of ``scenes`` of the images that are in the cubes, in the order of ``cubes`` (by glacier id)."""
+    ids = pd.Index(cubes.index, name="glacier_id", dtype=object)
+    keys = pd.MultiIndex.from_arrays([ids, cubes["scene_ids"].astype(object)], names=["glacier_id", "scene_ids"])
+    known = scenes.astype({"glacier_id": object, "scene_ids": object}).set_index(["glacier_id", "scene_ids"])
+    known = known[~known.index.duplicated()]
+    return known.reindex(keys).reset_index("scene_ids")
+
+
+def calibrated_members(storage: Storage, fold: int) -> pd.DataFrame:
+    """Rows of ``members`` that the fold's calibration saw, with their temperature: by number and hash of the weights.
+
+    Members that a larger ensemble of before left in the store are not among them.
+    """
+    calibration = storage.read_table("calibration", fold=fold)[["member", "sha256", "temperature"]]
+    members = storage.read_table("members", fold=fold)
+    return members.merge(calibration, on=["member", "sha256"]).sort_values("member", ignore_index=True)
+
+
 def _materialization(ws: Workspace, asset: str, partition: str) -> Materialization | None:
     state = ws.storage.read_state(asset, partition)
     if state is None:
         return None
     return Materialization(
         asset=asset, partition=partition, output=str(state["output"]), run_id=state.get("run_id"),
-        materialization_id=state.get("materialization_id"), code_version=state.get("code_version"), time=state["time"],
+        materialization_id=state.get("materialization_id"), code_version=state.get("code_version"),
+        settings_fingerprint=state.get("settings"), software_fingerprint=state.get("software"),
+        hardware=state.get("hardware"), time=state["time"],
     )  # fmt: skip
 
 
@@ -339,7 +358,7 @@ def expect_calibrated(ws: Workspace, fold: int, predictions: pd.DataFrame) -> No
     Raises
     ------
     UpstreamError
-        if maps were made with other weights than the calibration of the fold now holds, or taus are of another one.
+        if maps were made with other weights than the calibration of the fold now holds.
     """
     hashes = ",".join(ws.storage.read_table("calibration", fold=fold).sort_values("member")["sha256"])
     wrong = predictions.loc[predictions["member_sha256"] != hashes, "glacier_id"]
@@ -348,7 +367,20 @@ def expect_calibrated(ws: Workspace, fold: int, predictions: pd.DataFrame) -> No
             f"{len(wrong)} maps were made with other weights than the calibration of fold {fold} saw "
             f"({', '.join(map(str, wrong.head(5)))}): materialize glacier_predictions of this partition first"
         )
-    expect_made_from_present(ws, "interval_taus", fold_label(fold))
+
+
+def expect_chain(ws: Workspace, year: int, fold: int) -> None:
+    """Every partition behind the estimates of a year and fold must be made from what the others are now.
+
+    So that the lineage, which names what lies in the store, names what was used.
+
+    Raises
+    ------
+    UpstreamError
+        naming the first partition that was made before one that it reads.
+    """
+    for asset, label in chain_of(year, fold):
+        expect_made_from_present(ws, asset, label)
 
 
 def expect_made_from_present(ws: Workspace, asset: str, partition: str = "all") -> None:
