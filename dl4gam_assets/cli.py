@@ -504,7 +504,7 @@ def _print_difference(found: Any) -> None:
     from dl4gam_assets.lineage.difference import REASONS
 
     if found.same:
-        console.print("all estimates are the same", highlight=False)
+        console.print("all estimates and rates are the same", highlight=False)
     totals = RichTable("year", "estimates A", "B", "that differ", "area A (km2)", "B", "B - A")
     for t in found.totals:
         totals.add_row(
@@ -518,7 +518,13 @@ def _print_difference(found: Any) -> None:
             share = "" if s.share is None else f"{100 * s.share:.0f}%"
             shares.add_row(str(s.year), ", ".join(s.reasons), str(s.estimates), f"{s.difference_km2:+.5f}", share)
         console.print(shares)
-        named = {r.removeprefix("baseline: ") for s in found.shares for r in s.reasons}
+    if found.rate_shares:
+        moved = RichTable("year", "rates differ because of", "glaciers", "sum of rates, B - A (km2/yr)")
+        for s in found.rate_shares[:30]:
+            moved.add_row(str(s.year), ", ".join(s.reasons), str(s.glaciers), f"{s.difference_km2_per_year:+.6f}")
+        console.print(moved)
+    if found.shares or found.rate_shares:
+        named = {r.removeprefix("baseline: ") for s in (*found.shares, *found.rate_shares) for r in s.reasons}
         for reason in (r for r in REASONS if r in named):
             console.print(f"  {reason}: {REASONS[reason]}", highlight=False, soft_wrap=True)
     rates = [r for r in found.rates if r.rate_a_pct_per_year != r.rate_b_pct_per_year]
