@@ -54,7 +54,7 @@ _PAGE = """<!doctype html>
 <h1>{{ e.glacier.glacier_id }}{% if e.glacier.name %} ({{ e.glacier.name }}){% endif %}, {{ e.estimate.year }}</h1>
 <p><span class="big">{{ "%.4f"|format(e.estimate.area_km2) }} km<sup>2</sup></span><br>
 interval {{ "%.4f"|format(e.estimate.lower_km2) }} to {{ "%.4f"|format(e.estimate.upper_km2) }} km<sup>2</sup>
-(calibrated to hold the true area about two times in three)</p>
+(calibrated to hold the true area in {{ "%.0f"|format(100 * e.calibration.coverage) }}% of all cases)</p>
 {{ story | safe }}
 </body></html>
 """
