@@ -125,7 +125,7 @@ def glacier_predictions(ws: Workspace, year: int, fold: int, *, force: bool = Fa
         tested = set(folds.loc[(folds["fold"] == fold) & (folds["role"] == "test"), "glacier_id"])
         cubes = storage.read_table("cubes", year=year)
         cubes = cubes[cubes["glacier_id"].isin(tested)]
-        device = choose_device(ws.device)
+        device = ws.used_device = choose_device(ws.device)
         tasks = []
         for cube in cubes.itertuples():
             wanted = fingerprint(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,7 @@ from dl4gam_assets.storage import Storage, safe_name
 from dl4gam_assets.tables import TABLES
 
 if TYPE_CHECKING:
-    from dl4gam_assets.terrain import Tile
+    from dl4gam_assets.terrain import Tile, TileIndex
 
 _SOURCE_COLUMNS = [c.name for c in TABLES["lineage_sources"].columns if c.name not in {"year", "fold"}]
 
@@ -86,6 +87,8 @@ def write_lineage(
     runs = {asset: by_asset[asset].run_id for asset in ("glacier_cubes", "calibration", "glacier_predictions")
             if asset in by_asset} | {"glacier_areas": ws.run_id}  # fmt: skip
     start = dhdt["period_start"]
+    dem = terrain.dem_source or ", ".join(terrain.dem) or None
+    with_dem = {g for g, key in keys.items() if key and any(row["kind"] == "elevation" for _, _, row in tiles[key])}
     imported = published.cubes_import(storage, year) is not None
     source = "layer of the published cube, by the settings" if imported else terrain.elevation_change_source or "dh/dt"
     words = [
@@ -101,9 +104,7 @@ def write_lineage(
             "static_fingerprint": static.to_numpy(),
             "dhdt_fingerprint": dhdt["fingerprint"].to_numpy(),
             "terrain_key": [keys.get(g) for g in ids],
-            "dem_source": "layers of the published cube"
-            if imported
-            else terrain.dem_source or ", ".join(terrain.dem) or None,
+            "dem_source": "layers of the published cube" if imported else [dem if g in with_dem else None for g in ids],
             "dhdt_source": words,
             "member_sha256": predictions["member_sha256"].reindex(index).to_numpy(),
             "calibration_fingerprint": str(ws.upstream("calibration", fold_label(fold))),
@@ -128,6 +129,10 @@ def write_lineage(
             {"scope": "terrain", "scope_key": key, "asset": asset, "partition": label, **row}
             for asset, label, row in tiles[key]
         ]
+    for line in rows:  # files have the run and time of the partition that read them
+        of = by_asset.get(str(line.get("asset")))
+        if of is not None and line["scope"] != "all":
+            line |= of.model_dump(exclude={"output", "asset", "partition"})
     sources = pd.DataFrame(rows, columns=_SOURCE_COLUMNS).drop_duplicates(["scope", "scope_key", "kind", "name"])
     storage.write_table("lineage_sources", sources, {"year": year, "fold": fold})
     kinds = sources["kind"].value_counts()
@@ -293,6 +298,41 @@ def terrain_layers(site: Site, year: int) -> list[tuple[str, str, str, tuple[str
     return out
 
 
+def tiles_before(ws: Workspace, asset: str, *numbers: int) -> list[TileIndex | None]:
+    """The indices of tiles that ``elevation``, or ``elevation_change`` of a year, was made from; None: it had none."""
+    from dl4gam_assets.terrain import TileIndex
+
+    year = numbers[0] if numbers else ws.region.years.baseline
+    layers = [parts for _, of, _, parts in terrain_layers(ws.site, year) if of == asset]
+    files = [ws.storage.path(*parts) for parts in layers]
+    return [TileIndex.from_json(f.read_text(encoding="utf-8")) if f.exists() else None for f in files]
+
+
+def tiles_now(ws: Workspace, asset: str, *numbers: int) -> list[TileIndex | None]:
+    """The same indices as the settings and files of now give them, in the same order."""
+    from dl4gam_assets.stages import terrain as stage
+    from dl4gam_assets.terrain import match_period, period_tiles
+
+    terrain = ws.region.terrain
+    if asset == "elevation":
+        named = (
+            ("terrain.dem", terrain.dem, terrain.has_dem),
+            ("terrain.velocity", terrain.velocity, terrain.velocity),
+        )
+        return [stage._find(sources, ws, setting) for setting, sources, there in named if there]
+    period = match_period(terrain.elevation_change, numbers[0], terrain.elevation_change_match)
+    if period is None:
+        return []
+    errors = [period_tiles(period, ws.data_root, error_layer=True)] if period.error_path is not None else []
+    return [period_tiles(period, ws.data_root), *errors]
+
+
+def tiles_near(site: Site, glacier_id: str, indices: Sequence[TileIndex | None]) -> list[list[str]]:
+    """Identities of the tiles of each index that touch a glacier's grid, in the order of mosaicking."""
+    grid = _grid(site, glacier_id)
+    return [[] if index is None else [t.identity or t.href for t in index.touching(grid)] for index in indices]
+
+
 def terrain_of(
     site: Site, year: int, ids: Iterable[str]
 ) -> tuple[dict[str, str | None], dict[str, list[tuple[str, str, dict[str, Any]]]]]:
@@ -313,11 +353,20 @@ def terrain_of(
             for kind, asset, label, parts, stamp in layers
             for tile in _touching(site, glacier_id, parts, stamp)
         ]  # fmt: skip
+        _tell_apart(found)
         key = fingerprint(found) if found else None
         keys[glacier_id] = key
         if key is not None:
             sets.setdefault(key, found)
     return keys, sets
+
+
+def _tell_apart(found: Sequence[tuple[str, str, dict[str, Any]]]) -> None:
+    """Tiles of different folders that have one file name are named by their address."""
+    counts = Counter((row["kind"], row["name"]) for _, _, row in found)
+    for _, _, row in found:
+        if counts[row["kind"], row["name"]] > 1:
+            row["name"] = row["address"]
 
 
 @functools.lru_cache(maxsize=8)

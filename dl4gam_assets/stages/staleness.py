@@ -257,19 +257,17 @@ def _other_choice(ws: Workspace, year: int) -> Ids:
 
 
 def _of_tiles(ws: Workspace, graph: _Graph, asset: str, keys: Sequence[str], numbers: tuple[int, ...]) -> Ids | None:
-    """Glaciers whose grid touches a tile that is another one; None where something else changed too."""
-    from dl4gam_assets.stages.provenance import terrain_of
+    """Glaciers whose grid touches other tiles now than when they were read: replaced, added or removed ones.
+
+    None where something else changed too, or tiles are found by a search (``terrain.dem_catalog``).
+    """
+    from dl4gam_assets.stages.provenance import tiles_before, tiles_near, tiles_now
 
     heads = {"dem", "velocity"} if asset == "elevation" else {"files"}
-    if any(k.split(".")[0] not in heads for k in keys):
+    if any(k.split(".")[0] not in heads for k in keys) or (asset == "elevation" and ws.region.terrain.dem_catalog):
         return None
-    names = {".".join(k.split(".")[2:]) for k in keys}
-    year = numbers[0] if numbers else ws.region.years.baseline
-    of_glacier, tiles = terrain_of(ws.site, year, sorted(graph.universe))
-    touched = {key for key, rows in tiles.items() if any(row["name"] in names for _, _, row in rows)}
-    if not any(row["name"] in names for rows in tiles.values() for _, _, row in rows):
-        return None  # a tile that is new: which glaciers it touches is known when it was read
-    return frozenset(g for g, key in of_glacier.items() if key in touched)
+    before, now = (find(ws, asset, *numbers) for find in (tiles_before, tiles_now))
+    return frozenset(g for g in graph.universe if tiles_near(ws.site, g, before) != tiles_near(ws.site, g, now))
 
 
 # --------------------------------------------------------------------------------------------- along the graph
