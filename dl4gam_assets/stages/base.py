@@ -428,7 +428,7 @@ def utc_now() -> dt.datetime:
 
 @functools.cache
 def code_version() -> str:
-    """Version of the package, with the git commit when it runs from a checkout, and ``.dirty`` where that was changed."""
+    """Version of the package; from a checkout with its commit, and ``.dirty`` where the code is not that of it."""
     import subprocess
 
     from dl4gam_assets import __version__

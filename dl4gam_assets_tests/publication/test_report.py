@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -102,6 +103,29 @@ def test_many_vertices_are_simplified_and_middle_years_left_out(
     assert {"o", "lo", "up"} <= set(by_id["G11"]["y"]["2019"])  # shown closely: every year
     assert "o" not in by_id["G10"]["y"]["2019"] and "k" in by_id["G10"]["y"]["2019"]
     assert all("o" in by_id["G10"]["y"][y] for y in ("2015", "2023"))
+
+
+def test_a_glacier_whose_only_outline_is_of_a_middle_year_keeps_its_inventory_outline(
+    store: Storage, region: Region, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over the limit of vertices middle years are left out, and a glacier may have an upper outline only."""
+    copy = Storage(tmp_path / "store")
+    shutil.copytree(str(store.root), str(copy.root))
+    for year in (2015, 2019, 2023):
+        outlines = copy.read_table("outlines", year=year)
+        gone = ((outlines["glacier_id"] == "G10") & (year != 2019)) | (
+            (outlines["glacier_id"] == "G11") & (outlines["bound"] != "upper")
+        )
+        copy.write_table("outlines", outlines[~gone].drop(columns="year"), {"year": year})
+    monkeypatch.setattr(web_map, "MOST_VERTICES", 20)
+    data = web_map.map_data(copy, copy.read_table("glaciers"), (2015, 2019, 2023), 2015, 2023, ["G11"], {})
+    by_id = {g["i"]: g for g in data["glaciers"]}
+    truth = copy.read_table("glaciers").set_index("glacier_id").geometry
+    for glacier in ("G10", "G11"):
+        (ring,) = by_id[glacier]["s"][0]
+        shape = shapely.Polygon(np.cumsum(np.array(ring).reshape(-1, 2), axis=0) * 1e-5)
+        assert shape.symmetric_difference(truth[glacier]).area < 0.02 * truth[glacier].area
+    assert "up" in by_id["G11"]["y"]["2023"] and "s" not in by_id["G09"]
 
 
 def test_pictures_have_alternatives_and_are_drawn(html: str) -> None:
