@@ -462,7 +462,7 @@ def export(
     settings, storage = _open(region, home)
     _check_choice("year", [year], settings.years.all())
     try:
-        files = export_year(storage, settings, year, folder, weights=weights, cubes=cubes)
+        files = export_year(storage, settings, year, folder.absolute(), weights=weights, cubes=cubes)
     except (ExportError, OSError) as error:
         raise _stop(_escape(str(error))) from error
     console.print(f"{len(files)} files, {files['bytes'].sum() / 1e6:.1f} MB: {folder}", highlight=False, soft_wrap=True)
@@ -679,6 +679,17 @@ def _print_stale(settings: Region, storage: Storage, file: Path | None) -> None:
         console.print(f"file is gone: {name} (nothing is stale by that)", highlight=False, markup=False, soft_wrap=True)
     if len(found.gone) > 5:
         console.print(f"... and {len(found.gone) - 5} more files", highlight=False)
+    for name in found.lost[:5]:
+        console.print(name, highlight=False, markup=False, soft_wrap=True)
+    if len(found.lost) > 5:
+        console.print(f"... and {len(found.lost) - 5} more cubes and maps", highlight=False)
+    if found.lost:
+        console.print(
+            "to make these again, remove state/glacier_cubes (state/glacier_predictions for maps) of their years from the "
+            "store and run `dl4gam materialize`", highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
+    for line in found.other_programs:
+        console.print(f"{line} (nothing is stale by that)", highlight=False, markup=False, soft_wrap=True)
     if found.current:
         console.print(f"all {found.checked} partitions match their inputs", highlight=False)
         return

@@ -22,6 +22,7 @@ from dl4gam_assets.storage import Storage
 class Explanation(BaseModel):
     """The tree from an estimate to its pixels; every entry is data, :meth:`lines` tells it in words."""
 
+    region: str
     glacier: dict[str, Any]
     estimate: dict[str, Any]
     change: dict[str, Any] | None
@@ -105,7 +106,9 @@ def explain(storage: Storage, region: Region, glacier_id: str, year: int) -> Exp
     """
     glaciers = storage.read_table("glaciers")
     if not len(glaciers):
-        raise LineageError(f"region {region.name!r} has no results yet: run `dl4gam materialize` first")
+        raise LineageError(
+            f"region {region.name!r} has no results yet: run `dl4gam materialize --region {region.name}` first"
+        )
     chosen = glaciers[glaciers["glacier_id"] == glacier_id]
     if not len(chosen):
         import difflib
@@ -141,6 +144,7 @@ def explain(storage: Storage, region: Region, glacier_id: str, year: int) -> Exp
     quality = quality[(quality["glacier_id"] == glacier_id) & (quality["role"] == "test")]
     first = plain_row(calibration.iloc[0]) if len(calibration) else {}
     return Explanation(
+        region=region.name,
         glacier=plain_row(chosen.drop(columns="geometry").iloc[0]),
         estimate=estimate,
         change=plain_row(changes.iloc[0]) if len(changes) else None,

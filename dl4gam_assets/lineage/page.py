@@ -30,7 +30,8 @@ _STORY = """{% for note in e.notes %}<p class="note">{{ note }}</p>{% endfor %}
 {% endfor %}
 <p class="quiet">Made {{ e.provenance.time.strftime("%Y-%m-%d %H:%M") }} UTC
 by dl4gam_assets {{ e.provenance.code_version }}.
-Make it again with <code>dl4gam reproduce {{ e.glacier.glacier_id }} --year {{ e.estimate.year }}</code>.</p>"""
+Make it again with
+<code>dl4gam reproduce {{ e.glacier.glacier_id }} --year {{ e.estimate.year }} --region {{ e.region }}</code>.</p>"""
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">

@@ -76,6 +76,8 @@ def write_lineage(
     keys, tiles = terrain_of(ws.site, year, ids)
     made = [m for m in (_materialization(ws, asset, label) for asset, label in chain_of(year, fold)) if m is not None]
     by_asset = {m.asset: m for m in made}
+    labels = [fold_member_label(fold, int(m)) for m in members["member"]]
+    trained = [m for m in (_materialization(ws, "ensemble_member", label) for label in labels) if m is not None]
     own = year_fold_label(year, fold)
     settings, versions = record_settings(storage, region), record_software(storage)
     last = Materialization(
@@ -142,7 +144,7 @@ def write_lineage(
         terrain_tiles=int(kinds.reindex(["elevation", "elevation change"]).fillna(0).sum()),
         weights=members["sha256"].tolist(), calibration=str(ws.upstream("calibration", fold_label(fold))),
         settings=settings, software=versions, hardware=hardware_class(), code_version=code_version(),
-        lineage=frame_fingerprint(frame, ["time", "run_ids"]), made_from=made,
+        lineage=frame_fingerprint(frame, ["time", "run_ids"]), made_from=[*made, *trained],
     )  # fmt: skip
 
 
