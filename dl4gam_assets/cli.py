@@ -685,7 +685,7 @@ def _print_stale(settings: Region, storage: Storage, file: Path | None) -> None:
         console.print(f"... and {len(found.lost) - 5} more cubes and maps", highlight=False)
     if found.lost:
         console.print(
-            "to make these again, remove state/glacier_cubes (state/glacier_predictions for maps) of their years from the "
+            "to make these again, remove their years from state/glacier_cubes (maps: state/glacier_predictions) in the "
             "store and run `dl4gam materialize`", highlight=False, markup=False, soft_wrap=True,
         )  # fmt: skip
     for line in found.other_programs:
