@@ -160,6 +160,21 @@ def test_cautions_stand_where_quality_is_told_and_simulated_is_named(html: str) 
     assert text.index("ensemble", quality) < text.index("band_ratio (baseline)")
 
 
+def test_quality_coverage_and_exclusions_lead_to_where_they_come_from(html: str) -> None:
+    tags = Page(html).tags
+    links = [a["href"] for t, a in tags if t == "a"]
+    assert {"#from-totals", "#from-quality", "#from-exclusions"} <= set(links)
+    assert {"from-totals", "from-quality", "from-exclusions"} <= {a.get("id") for _, a in tags}
+
+
+def test_boxes_that_scroll_are_named_for_who_can_not_see_them(html: str) -> None:
+    boxes = [a for _, a in Page(html).tags if a.get("tabindex") == "0"]
+    assert len(boxes) >= 10
+    assert all(a.get("role") == "region" and len(a.get("aria-label") or "") > 5 for a in boxes)
+    labels = [a["aria-label"] for a in boxes]
+    assert len(set(labels)) == len(labels)
+
+
 def test_text_from_data_is_escaped(html: str) -> None:
     assert "<b>Ferner</b>" not in html and "&lt;b&gt;Ferner&lt;/b&gt;" in html
     assert "below &lt;30%&gt; cloud" in html
