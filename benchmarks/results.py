@@ -4,8 +4,8 @@
 
 Tables are generated with the real schema (areas, changes, lineage with its sources, glaciers; images, zones and
 outlines are left out, as `publication.leave_out` does for such regions) and built by the platform's own function in a
-process of its own, whose peak memory is measured. Every query of the list is timed warm, the median of five. Exit status
-1 where something is above `LIMITS`.
+process of its own, whose peak memory is measured. Every query of the list is timed warm, the median of five. The exit
+status is 1 where something is above `LIMITS`.
 """
 
 from __future__ import annotations

@@ -78,10 +78,8 @@ def test_an_estimates_partition_leads_to_all_that_it_was_made_from(small: Small)
     """The event in Dagster: its record is valid, and each of its links leads to a partition that there is."""
     with instance(small.storage) as opened:
         key = dg.MultiPartitionKey({"year": "2016", "fold": "fold_1"})
-        (event,) = opened.get_event_records(
-            dg.EventRecordsFilter(dg.DagsterEventType.ASSET_MATERIALIZATION, dg.AssetKey("glacier_areas"),
-                                  asset_partitions=[str(key)]), limit=1,
-        )  # fmt: skip
+        wanted = dg.AssetRecordsFilter(dg.AssetKey("glacier_areas"), asset_partitions=[str(key)])
+        (event,) = opened.fetch_materializations(wanted, limit=1).records
         assert event.asset_materialization is not None
         metadata = event.asset_materialization.metadata
         record = PartitionRecord.model_validate(metadata["lineage"].value)

@@ -92,8 +92,8 @@ def catalog_fingerprint(ws: Workspace, year: int) -> str:
         if ws.region.simulation is not None:
             return ws.upstream("simulated_inputs")
         folder = (ws.data_root / catalog.path).parent
-        files = sorted(folder.rglob("*.json"))
-        return fingerprint([(f.relative_to(folder).as_posix(), sampled_hash(f)) for f in files])
+        documents = sorted(folder.rglob("*.json"))
+        return fingerprint([(f.relative_to(folder).as_posix(), sampled_hash(f)) for f in documents])
     if isinstance(catalog, StacApi):
         # The past does not change; a season that is not over may still get scenes.
         season_end = dt.date.fromisoformat(f"{year}-{ws.region.imagery.window[1]}") + dt.timedelta(days=30)
@@ -104,9 +104,9 @@ def catalog_fingerprint(ws: Workspace, year: int) -> str:
         pattern = str(ws.data_root / catalog.path)
         files = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
         return fingerprint([(f, Path(f).stat().st_size, Path(f).stat().st_mtime_ns) for f in files])
-    folder, pattern = ws.data_root / catalog.path, re.compile(catalog.pattern)
+    folder, of_scenes = ws.data_root / catalog.path, re.compile(catalog.pattern)
     names = sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*.tif"))
-    return fingerprint([name for name in names if pattern.search(name)])
+    return fingerprint([name for name in names if of_scenes.search(name)])
 
 
 def _opened_as(ws: Workspace, year: int) -> str:

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
+from upath import UPath
 
 from dl4gam_assets.lineage.environment import settings_difference, software
 from dl4gam_assets.settings import SettingsError
@@ -163,7 +164,9 @@ def _lost(ws: Workspace) -> list[str]:
     """Cubes and maps that their tables name, and that are gone, empty or (cubes) of another size."""
     out = []
     cubes, maps = ws.storage.read_table("cubes"), ws.storage.read_table("predictions")
-    files = [(ws.storage.cube(int(r.year), str(r.glacier_id)), int(r.size_bytes)) for r in cubes.itertuples()]
+    files: list[tuple[UPath, int | None]] = [
+        (ws.storage.cube(int(r.year), str(r.glacier_id)), int(r.size_bytes)) for r in cubes.itertuples()
+    ]
     files += [(ws.storage.prediction(int(r.year), str(r.glacier_id)), None) for r in maps.itertuples()]
     for path, size in files:
         try:
