@@ -471,7 +471,7 @@ def export(
     settings, storage = _open(region, home)
     _check_choice("year", [year], settings.years.all())
     try:
-        files = export_year(storage, settings, year, folder, weights=weights, cubes=cubes)
+        files = export_year(storage, settings, year, folder.absolute(), weights=weights, cubes=cubes)
     except (ExportError, OSError) as error:
         raise _stop(_escape(str(error))) from error
     console.print(f"{len(files)} files, {files['bytes'].sum() / 1e6:.1f} MB: {folder}", highlight=False, soft_wrap=True)
@@ -513,7 +513,7 @@ def _print_difference(found: Any) -> None:
     from dl4gam_assets.lineage.difference import REASONS
 
     if found.same:
-        console.print("all estimates are the same", highlight=False)
+        console.print("all estimates and rates are the same", highlight=False)
     totals = RichTable("year", "estimates A", "B", "that differ", "area A (km2)", "B", "B - A")
     for t in found.totals:
         totals.add_row(
@@ -527,7 +527,13 @@ def _print_difference(found: Any) -> None:
             share = "" if s.share is None else f"{100 * s.share:.0f}%"
             shares.add_row(str(s.year), ", ".join(s.reasons), str(s.estimates), f"{s.difference_km2:+.5f}", share)
         console.print(shares)
-        named = {r.removeprefix("baseline: ") for s in found.shares for r in s.reasons}
+    if found.rate_shares:
+        moved = RichTable("year", "rates differ because of", "glaciers", "sum of rates, B - A (km2/yr)")
+        for s in found.rate_shares[:30]:
+            moved.add_row(str(s.year), ", ".join(s.reasons), str(s.glaciers), f"{s.difference_km2_per_year:+.6f}")
+        console.print(moved)
+    if found.shares or found.rate_shares:
+        named = {r.removeprefix("baseline: ") for s in (*found.shares, *found.rate_shares) for r in s.reasons}
         for reason in (r for r in REASONS if r in named):
             console.print(f"  {reason}: {REASONS[reason]}", highlight=False, soft_wrap=True)
     rates = [r for r in found.rates if r.rate_a_pct_per_year != r.rate_b_pct_per_year]
@@ -682,6 +688,17 @@ def _print_stale(settings: Region, storage: Storage, file: Path | None) -> None:
         console.print(f"file is gone: {name} (nothing is stale by that)", highlight=False, markup=False, soft_wrap=True)
     if len(found.gone) > 5:
         console.print(f"... and {len(found.gone) - 5} more files", highlight=False)
+    for name in found.lost[:5]:
+        console.print(name, highlight=False, markup=False, soft_wrap=True)
+    if len(found.lost) > 5:
+        console.print(f"... and {len(found.lost) - 5} more cubes and maps", highlight=False)
+    if found.lost:
+        console.print(
+            "to make these again, remove their years from state/glacier_cubes (maps: state/glacier_predictions) in the "
+            "store and run `dl4gam materialize`", highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
+    for line in found.other_programs:
+        console.print(f"{line} (nothing is stale by that)", highlight=False, markup=False, soft_wrap=True)
     if found.current:
         console.print(f"all {found.checked} partitions match their inputs", highlight=False)
         return

@@ -24,6 +24,7 @@ Layout below the root of a region::
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -259,13 +260,31 @@ class Storage:
         return path
 
     def partitions(self, name: str) -> list[dict[str, str]]:
-        """The partitions of a table that exist, as mappings of column to text, sorted by path."""
+        """The partitions of a table that exist, as mappings of column to text, sorted by path.
+
+        Those of folds that the table ``folds`` does not have any more are left over, and are not among them.
+        """
         base = self.path("tables", name)
         found = []
         for file in sorted(base.rglob("part.parquet"), key=str) if base.exists() else []:
             relative = str(file)[len(str(base)) :]
             found.append(dict(re.findall(r"([^/=\\]+)=([^/\\]+)", relative)))
+        if found and "fold" in TABLES[name].partitioned_by and (folds := self._folds()) is not None:
+            return [p for p in found if int(p["fold"]) <= folds]
         return found
+
+    def _folds(self) -> int | None:
+        """The number of folds in the table ``folds``; None where there is none (yet)."""
+        path = self.table("folds")
+        if not self.is_local:
+            if not path.exists():
+                return None
+            with self.reading(path) as local:
+                return _largest_fold(str(local), 0)
+        try:
+            return _largest_fold(str(path), path.stat().st_mtime_ns)
+        except FileNotFoundError:
+            return None
 
     def read_table(self, name: str, **where: object) -> pd.DataFrame:
         """All rows of the partitions that match ``where``; a GeoDataFrame where the table has a geometry.
@@ -305,6 +324,20 @@ class Storage:
 
     def write_state(self, asset: str, partition: str, state: Mapping[str, Any]) -> None:
         self.write_json(self.state_path(asset, partition), dict(state))
+
+
+@functools.lru_cache(maxsize=16)
+def _largest_fold(path: str, stamp: int) -> int | None:
+    """The largest fold in a file of the table ``folds``; ``stamp``: its time, so that another one is read anew."""
+    import pyarrow as pa
+    import pyarrow.compute
+    import pyarrow.parquet
+
+    try:
+        folds = pyarrow.parquet.read_table(path, columns=["fold"], partitioning=None)["fold"]
+    except (pa.ArrowInvalid, KeyError):  # damaged: who reads the table says so
+        return None
+    return pyarrow.compute.max(folds).as_py()  # type: ignore[no-any-return]
 
 
 def _assert_whole(file: Path, final: Path) -> None:

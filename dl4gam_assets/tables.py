@@ -41,6 +41,7 @@ class Column:
     nullable: bool = True
     minimum: float | None = None
     maximum: float | None = None
+    choices: tuple[str, ...] = ()  # the only texts that are allowed; empty: any
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,11 @@ class Table:
                             f"table {self.name}: {column.name!r} is outside [{column.minimum}, {column.maximum}] "
                             f"in rows {self._rows(frame, bad)}"
                         )
+            if column.choices and (bad := values.notna() & ~values.isin(column.choices)).any():
+                raise TableError(
+                    f"table {self.name}: {column.name!r} is none of {', '.join(column.choices)} "
+                    f"in rows {self._rows(frame, bad)}"
+                )
             if column.dtype == "float64" and np.isinf(values.to_numpy(dtype=float)).any():
                 raise TableError(f"table {self.name}: {column.name!r} is infinite in some rows")
         if self.keys:
@@ -248,7 +254,7 @@ _TABLES = [
     )),
     Table("folds", "Geographic cross-validation: role of each modelled glacier in each iteration.", (
         _ID, _FOLD,
-        _c("role", "string", "train, valid or test", nullable=False),
+        _c("role", "string", "train, valid or test", nullable=False, choices=("train", "valid", "test")),
     )),
     Table("elevations", "Elevation of each modelled glacier from the DEM.", (
         _ID,
@@ -329,7 +335,8 @@ _TABLES = [
         _c("temperature", "float64", "Temperature of the member's logits", nullable=False, minimum=0),
         _c("ece_before", "float64", "Expected calibration error of the ensemble, before", minimum=0, maximum=1),
         _c("ece_after", "float64", "Expected calibration error of the ensemble, after", minimum=0, maximum=1),
-        _c("method", "string", "quantile_regression, or regional_quantile where validation glaciers are few"),
+        _c("method", "string", "quantile_regression, or regional_quantile where validation glaciers are few",
+           choices=("quantile_regression", "regional_quantile")),
         _c("n_glaciers", "int64", "Validation glaciers behind tau"),
         _c("coefficients", "string", "JSON: intercept and coefficients of logit(tau / 0.5), and feature scaling"),
         _c("validation_coverage", "float64", "Share of validation areas inside their interval", minimum=0, maximum=1),
@@ -374,7 +381,7 @@ _TABLES = [
         _c("tau_published", "float64", "tau by the published rule (quantile regression, or a regional quantile)", minimum=0, maximum=0.5),
         _c("tau_conformal", "float64", "tau by split conformal prediction in the group", minimum=0, maximum=0.5),
         _c("conformal_group", "string", "Size and debris class whose validation glaciers were taken, or the coarser group"),
-        _c("conformal_scope", "string", "fold: the fold's own validation glaciers; folds: those of all folds that it does not test"),
+        _c("conformal_scope", "string", "fold: the fold's own validation glaciers; folds: those of all folds that it does not test", choices=("fold", "folds")),
         _c("conformal_n", "int64", "Validation glaciers in the group", minimum=0),
     ), ("fold",)),
     Table("predictions", "One row a glacier map that was predicted.", (
@@ -393,11 +400,12 @@ _TABLES = [
     Table("baseline_areas", "Area of each glacier in the baseline year: the areas that change is measured from.", _AREA),
     Table("evaluation", "Held-out quality by glacier, fold and method, in the inventory year.", (
         _ID, _FOLD,
-        _c("role", "string", "test or valid", nullable=False),
+        _c("role", "string", "test or valid", nullable=False, choices=("test", "valid")),
         _c("method", "string", "ensemble or the name of a baseline", key=True, nullable=False),
         _c("scope", "string", "scene: every valid pixel of the glacier's cell in the full scene; ring: within 50 m (the paper's); "
            "debris: debris-covered pixels (recall only); clean_ice: the outline's other pixels (recall only); "
-           "reference: as scene, judged by a second inventory", key=True, nullable=False),
+           "reference: as scene, judged by a second inventory", key=True, nullable=False,
+           choices=("scene", "ring", "debris", "clean_ice", "reference")),
         _c("n_pixels", "int64", "Pixels judged", nullable=False, minimum=0),
         _c("true_positive", "int64", "Pixels", nullable=False, minimum=0),
         _c("false_positive", "int64", "Pixels", nullable=False, minimum=0),
@@ -413,7 +421,7 @@ _TABLES = [
     ), ("fold",)),
     Table("outlines", "Predicted outlines of each year: best, lower and upper (EPSG:4326).", (
         _ID, _YEAR,
-        _c("bound", "string", "best, lower or upper", key=True, nullable=False),
+        _c("bound", "string", "best, lower or upper", key=True, nullable=False, choices=("best", "lower", "upper")),
         _c("area_km2", "float64", "Area of the sieved (and simplified, where asked for) outline in its UTM zone", nullable=False, minimum=0),
         _c("geometry", "geometry", "Outline", nullable=False),
     ), ("year",)),
@@ -460,9 +468,10 @@ _TABLES = [
     )),
     Table("regional_changes", "Totals by region, country, size class and aspect.", (
         _YEAR,
-        _c("grouping", "string", "region, country, size_class or aspect", key=True, nullable=False),
+        _c("grouping", "string", "region, country, size_class or aspect", key=True, nullable=False, choices=("region", "country", "size_class", "aspect")),
         _c("group", "string", "Name of the group", key=True, nullable=False),
-        _c("method", "string", "measured (all measured glaciers), filtered (quality filter), extrapolated (all glaciers) or extrapolated_without_snr (the same without the signal-to-noise filter)", key=True, nullable=False),
+        _c("method", "string", "measured (all measured glaciers), filtered (quality filter), extrapolated (all glaciers) or extrapolated_without_snr (the same without the signal-to-noise filter)", key=True, nullable=False,
+           choices=("measured", "filtered", "extrapolated", "extrapolated_without_snr")),
         _c("baseline_year", "int64", "Baseline partition", nullable=False),
         _c("n_glaciers", "int64", "Glaciers in the total", nullable=False, minimum=0),
         _c("n_measured", "int64", "Of which measured", nullable=False, minimum=0),
@@ -510,7 +519,7 @@ _TABLES = [
     ), ("year", "fold")),
     Table("lineage_sources", "What estimates were made from, each named once for the estimates of a year and fold that share it.", (
         _YEAR, _FOLD,
-        _c("scope", "string", "all: every estimate of the year and fold; image: those with this scene_ids; terrain: those with this terrain_key", key=True, nullable=False),
+        _c("scope", "string", "all: every estimate of the year and fold; image: those with this scene_ids; terrain: those with this terrain_key", key=True, nullable=False, choices=("all", "image", "terrain")),
         _c("scope_key", "string", "scene_ids or terrain_key of the lineage rows that it belongs to; empty for all", key=True, nullable=False),
         _c("kind", "string", "scene, elevation, elevation change, velocity, weights, calibration, taus, normalization, folds, inventory, zones, debris, overrides, settings, package, code, hardware, imported (a published file that stands in for work of our own) or materialization", key=True, nullable=False),
         _c("name", "string", "Item id, file name, member, package or asset", key=True, nullable=False),
@@ -521,6 +530,9 @@ _TABLES = [
         _c("run_id", "string", "Dagster run of that materialization; null: made without Dagster"),
         _c("materialization_id", "string", "Id of that materialization, also in its metadata in Dagster"),
         _c("code_version", "string", "Version of this package that made it"),
+        _c("settings_fingerprint", "string", "Settings of the region when it was made; key of table settings"),
+        _c("software_fingerprint", "string", "Versions of the packages that made it; key of table software"),
+        _c("hardware", "string", "Class of the processor, and the accelerator, that made it"),
         _c("time", "timestamp", "When it was made, UTC"),
     ), ("year", "fold")),
     Table("settings", "All settings that results were made with, by fingerprint.", (

@@ -14,7 +14,7 @@ import yaml
 
 from dl4gam_assets.automation import JOBS
 from dl4gam_assets.cli import app
-from dl4gam_assets.publication.database import VIEWS
+from dl4gam_assets.publication.views import VIEWS
 from dl4gam_assets.tables import TABLES
 
 ROOT = Path(__file__).parents[1]

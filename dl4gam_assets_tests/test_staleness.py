@@ -5,13 +5,19 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import geopandas as gpd
 import numpy as np
 import pandas as pd
 import pytest
 import rasterio
+import rasterio.warp
+import rasterio.windows
 
+from dl4gam_assets.stages import terrain as terrain_stages
 from dl4gam_assets.stages.base import UpstreamError
-from dl4gam_assets.stages.staleness import Staleness, find_stale
+from dl4gam_assets.stages.provenance import terrain_of
+from dl4gam_assets.stages.staleness import Cause, Staleness, find_stale
+from dl4gam_assets.terrain import match_period
 from dl4gam_assets_tests.small_region import Small
 
 Key = tuple[str, int]
@@ -162,6 +168,147 @@ def test_a_file_that_is_gone_makes_nothing_stale_and_is_told(copy: Small) -> Non
     found = find_stale(copy.workspace())
     assert [Path(name).name for name in found.gone] == [file.name]
     assert not len(found.estimates)
+
+
+def _all(region: Small) -> set[Key]:
+    return _keys(region.storage.read_table("areas"))
+
+
+def _shift(file: Path, by: float, target: Path | None = None, around: tuple[float, float] | None = None) -> None:
+    """Other values in a raster; ``target``: in a new file, ``around`` a longitude and latitude only."""
+    with rasterio.open(file) as source:
+        profile, values = source.profile, source.read()
+        if around is not None:
+            (x,), (y,) = rasterio.warp.transform("EPSG:4326", source.crs, [around[0]], [around[1]])
+            row, column = source.index(x, y)
+            window = rasterio.windows.Window(column - 2, row - 2, 4, 4)
+            values = source.read(window=window)
+            profile |= {"width": 4, "height": 4, "transform": source.window_transform(window)}
+    for name in ("blockxsize", "blockysize", "tiled"):
+        profile.pop(name, None)
+    with rasterio.open(target or file, "w", **(profile | {"driver": "GTiff"})) as out:
+        out.write((values + by).astype(values.dtype))
+
+
+def _cause(found: Staleness, asset: str) -> Cause:
+    (cause,) = [c for c in found.causes if c.asset == asset]
+    return cause
+
+
+def test_another_tile_of_elevation_concerns_all_that_touch_it(copy: Small) -> None:
+    _shift(Path(str(copy.storage.inputs())) / "dem.tif", 3)
+    assert _of(find_stale(copy.workspace()), "stale") == _all(copy)
+
+
+def test_tiles_that_are_replaced_and_added_at_once_concern_the_glaciers_at_either(copy: Small) -> None:
+    inputs = Path(str(copy.storage.inputs()))
+    glaciers = copy.storage.read_table("glaciers").query("modelled").set_index("glacier_id")
+    west, east = glaciers["lon"].idxmin(), glaciers["lon"].idxmax()
+    places = {g: (float(glaciers.loc[g, "lon"]), float(glaciers.loc[g, "lat"])) for g in (west, east)}
+    _shift(inputs / "dem.tif", 5, inputs / "a.tif", places[west])
+    copy.change(terrain__dem=["a.tif", "dem.tif"])
+    added = _cause(find_stale(copy.workspace()), "elevation").certain
+    assert west in added and east not in added
+    before = copy.storage.read_table("elevations").set_index("glacier_id")["fingerprint"]
+    terrain_stages.elevation(copy.workspace())
+    after = copy.storage.read_table("elevations").set_index("glacier_id")["fingerprint"]
+    assert west in set(after.index[after != before[after.index]]) <= added
+    _shift(inputs / "a.tif", 5)
+    (inputs / "more").mkdir()
+    _shift(inputs / "dem.tif", 5, inputs / "more" / "a.tif", places[east])  # of another folder, under the same name
+    copy.change(terrain__dem=["a.tif", "more/a.tif", "dem.tif"])
+    both = _cause(find_stale(copy.workspace()), "elevation").certain
+    assert {west, east} <= both and west in added and len(both) < len(glaciers)
+    terrain_stages.elevation(copy.workspace())
+    again = copy.storage.read_table("elevations").set_index("glacier_id")["fingerprint"]
+    assert {west, east} <= set(again.index[again != after[again.index]]) <= both
+    _, sets = terrain_of(copy.workspace().site, 2015, [west, east])
+    names = {row["name"] for rows in sets.values() for _, _, row in rows if row["kind"] == "elevation"}
+    assert names >= {"a.tif", "dem.tif"}
+
+
+def test_another_tile_of_dhdt_concerns_the_years_of_its_period(copy: Small) -> None:
+    inputs, terrain = Path(str(copy.storage.inputs())), copy.region.terrain
+    periods = {y: match_period(terrain.elevation_change, y, terrain.elevation_change_match) for y in (2015, 2016, 2017)}
+    used = {p.path for p in periods.values() if p is not None}
+    unused = {p.path for p in terrain.elevation_change} - used
+    assert used and unused
+    _shift(inputs / sorted(unused)[0], 1)
+    assert find_stale(copy.workspace()).current
+    _shift(inputs / sorted(used)[0], 1)
+    found = find_stale(copy.workspace())
+    mine = {str(y) for y, p in periods.items() if p is not None and p.path == sorted(used)[0]}
+    assert {c.partition for c in found.causes if c.asset == "elevation_change"} == mine
+    assert {str(y) for _, y in _of(found, "stale")} >= mine
+
+
+@pytest.mark.parametrize("what", ["inventory", "debris"])
+def test_other_outlines_concern_all(copy: Small, what: str) -> None:
+    inputs = Path(str(copy.storage.inputs()))
+    outlines = gpd.read_file(inputs / copy.region.inventory.path)
+    if what == "inventory":
+        outlines.geometry = outlines.geometry.buffer(0.0001)
+        outlines.to_file(inputs / copy.region.inventory.path, layer=copy.region.inventory.layer)
+    else:
+        outlines.head(1).to_file(inputs / "stones.gpkg")
+        copy.change(inventory__debris=[{"path": "stones.gpkg"}])
+    found = find_stale(copy.workspace())
+    assert _of(found, "stale") == _all(copy) and found.causes[0].asset.startswith(what)
+
+
+def test_an_override_line_concerns_the_glacier_and_year_that_it_names(copy: Small) -> None:
+    glacier = str(copy.storage.read_table("areas", year=2017)["glacier_id"].iloc[0])
+    lines = Path(str(copy.storage.inputs())) / "overrides.csv"
+    lines.write_text(f"glacier_id,year,date\n{glacier},2017,reject\n")
+    copy.change(imagery__selection__overrides="overrides.csv")
+    found = find_stale(copy.workspace())
+    assert _of(found, "stale") == {(glacier, 2017)} and not _of(found, "may change")
+
+
+def test_an_override_file_that_can_not_be_used_is_told(copy: Small) -> None:
+    (Path(str(copy.storage.inputs())) / "overrides.csv").write_text("glacier,year\nnobody,2017\n")
+    copy.change(imagery__selection__overrides="overrides.csv")
+    done = copy.cli("status")
+    assert done.exit_code == 0 and done.exception is None, done.output
+    assert "columns" in done.output and "are missing in the first line" in done.output
+
+
+def test_a_cube_or_map_that_is_gone_or_damaged_is_told(copy: Small) -> None:
+    first, second = copy.storage.read_table("areas", year=2016)["glacier_id"].astype(str).head(2)
+    Path(str(copy.storage.cube(2016, first))).unlink()
+    Path(str(copy.storage.cube(2016, second))).write_bytes(b"cut off")
+    Path(str(copy.storage.prediction(2016, first))).unlink()
+    found = find_stale(copy.workspace())
+    assert len(found.lost) == 3 and found.current
+    assert any("7 bytes instead of" in line for line in found.lost) and sum("is gone" in s for s in found.lost) == 2
+    done = copy.cli("status")
+    assert done.output.count("is gone") == 2 and "remove their years from state/glacier_cubes" in done.output
+
+
+def test_other_code_and_packages_are_told_and_make_nothing_stale(copy: Small) -> None:
+    state = copy.storage.read_state("glacier_cubes", "2016")
+    assert state is not None
+    rows = pd.DataFrame({"package": ["numpy"], "version": ["1.0"]})
+    copy.storage.write_table("software", rows, {"fingerprint": "old"})
+    copy.storage.write_state("glacier_cubes", "2016", state | {"code_version": "0.0.1", "software": "old"})
+    found = find_stale(copy.workspace())
+    assert found.current
+    assert any(
+        line.startswith("1 partitions were made by dl4gam_assets 0.0.1; this is") for line in found.other_programs
+    )
+    assert any("numpy 1.0 (now" in line for line in found.other_programs)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("title", "Another title"), ("publication__license", "CC0-1.0"), ("terrain__dem_source", "another DEM"),
+     ("calibration__coverage", 0.8), ("description", "Another description")],
+)  # fmt: skip
+def test_what_is_printed_is_made_again_when_its_words_change(copy: Small, setting: str, value: object) -> None:
+    copy.change(**{setting: value})
+    stale = {c.asset for c in find_stale(copy.workspace()).causes}
+    assert {"results_database", "stac_catalog"} <= stale
+    assert ("report" in stale) == (setting != "publication__license")  # which does not print it
 
 
 def test_an_empty_store_is_named(small: Small, tmp_path: Path) -> None:

@@ -120,8 +120,11 @@ def attach(context: dg.AssetExecutionContext, results: Mapping[str, StageResult 
 def metadata_of(result: StageResult) -> dict[str, Any]:
     """A stage's metadata and pictures as Dagster shows them."""
     metadata = {name: _value(value) for name, value in result.metadata.items() if value is not None}
-    if result.inputs is not None and result.inputs.upstream:
-        metadata["made_from"] = dg.MetadataValue.md(_links(result.inputs.upstream.values()))
+    upstream = list(result.inputs.upstream.values()) if result.inputs is not None else []
+    # An estimate's partition leads to the whole chain behind it: scenes, cubes, members.
+    upstream += [[m["asset"], m["partition"]] for m in result.metadata.get("lineage", {}).get("made_from", [])]
+    if upstream:
+        metadata["made_from"] = dg.MetadataValue.md(_links(upstream))
     return metadata | {title: picture(content, title) for title, content in result.previews.items()}
 
 

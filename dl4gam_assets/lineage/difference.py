@@ -11,6 +11,7 @@ the difference of the totals.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -40,10 +41,13 @@ REASONS = {
     "calibration": "the same weights, calibrated otherwise",
     "inference settings": "the same cube, weights and calibration, mapped with other settings",
     "threshold": "the same map, counted with another threshold",
+    "pixels": "the same map, counted otherwise: areas.pixels or areas.shared_ground is another",
     "interval": "another tau: the interval is another, the area is not",
     "code": "the same inputs and settings, another version of the code or of a package",
     "unknown": "nothing that was recorded differs (other hardware, or records of an older version)",
 }
+#: Settings by which the pixels of a map are counted; the others of ``areas`` shape outlines only.
+_COUNTING = frozenset({"areas.pixels", "areas.shared_ground"})
 #: Areas in km2 that differ by less are the same: far below a pixel.
 _SAME_KM2 = 1e-9
 
@@ -93,7 +97,7 @@ def open_results(text: str) -> Results:
     """
     where, year = text, None
     head, mark, tail = text.rpartition("@")
-    if mark and tail.isdigit():
+    if mark and tail.isdigit() and not UPath(text).exists():  # a folder or file may have such a name
         where, year = head, int(tail)
     if where.endswith(".duckdb"):
         file = Path(where)
@@ -138,6 +142,19 @@ class Share(BaseModel):
     rate_difference_km2_per_year: float | None = None
 
 
+class RateShare(BaseModel):
+    """Glaciers whose rate differs for just these reasons, and what they add to the difference of the rates' sum.
+
+    ``baseline: REASON`` is a reason for which the area of the baseline year differs: it moves the rates of all years,
+    also of those whose own area is the same in both.
+    """
+
+    year: int
+    reasons: list[str]
+    glaciers: int
+    difference_km2_per_year: float
+
+
 class RegionalRate(BaseModel):
     """The region's rate in both, by method of the table ``regional_changes``."""
 
@@ -165,6 +182,7 @@ class Difference(BaseModel):
     b: str
     totals: list[YearTotal]
     shares: list[Share]
+    rate_shares: list[RateShare]
     rates: list[RegionalRate]
     settings: list[Changed]
     software: list[Changed]
@@ -174,8 +192,8 @@ class Difference(BaseModel):
 
     @property
     def same(self) -> bool:
-        """Whether all estimates are there in both, with the same figures."""
-        return not self.estimates
+        """Whether all estimates are there in both, with the same figures, and the same rates of change."""
+        return not self.estimates and not self.rate_shares
 
 
 def compare(a: Results, b: Results) -> Difference:
@@ -186,38 +204,44 @@ def compare(a: Results, b: Results) -> Difference:
     LineageError
         if one of them has no estimates.
     """
-    frames = {side: _estimates(results) for side, results in (("a", a), ("b", b))}
-    for side, results in (("a", a), ("b", b)):
-        if not len(frames[side]):
-            raise LineageError(f"{results.label} has no estimates")
     across = a.year is not None and b.year is not None and a.year != b.year
-    keys = ["glacier_id"] if across else ["glacier_id", "year"]
+    if (a.year is None) != (b.year is None):  # of A@2023 and B, only 2023 of B is asked for
+        one = a.year if b.year is None else b.year
+        a, b = (dataclasses.replace(side, year=one) for side in (a, b))
+    # Rates need the baseline year too, whatever year is asked for.
+    whole = [side if across else dataclasses.replace(side, year=None) for side in (a, b)]
+    frames = [_estimates(side) for side in whole]
+    for side, frame in zip((a, b), frames, strict=True):
+        if not len(frame if side.year is None else frame[frame["year"] == side.year]):
+            raise LineageError(f"{side.label} has no estimates{'' if side.year is None else f' of {side.year}'}")
     if across:
-        frames["b"] = frames["b"].assign(year=a.year)
-        keys = ["glacier_id", "year"]
-    pairs = frames["a"].merge(frames["b"], on=keys, how="outer", suffixes=("_a", "_b"), indicator=True)
-    settings_a, settings_b = a.settings(), b.settings()
-    changed_settings, lookup = _settings(pairs, settings_a, settings_b)
+        frames[1] = frames[1].assign(year=a.year)
+    pairs = frames[0].merge(frames[1], on=["glacier_id", "year"], how="outer", suffixes=("_a", "_b"), indicator=True)
+    settings_a, settings_b = whole[0].settings(), whole[1].settings()
+    _, lookup = _settings(pairs, settings_a, settings_b)
     pairs["reasons"] = _reasons(pairs, lookup)
     for name in ("area_km2", "lower_km2", "upper_km2"):
         pairs[f"d_{name}"] = pairs[f"{name}_b"].fillna(0.0) - pairs[f"{name}_a"].fillna(0.0)
-    one_only = pairs["_merge"] != "both"
     moved = pairs[["d_area_km2", "d_lower_km2", "d_upper_km2"]].abs().max(axis=1) > _SAME_KM2
-    pairs["differs"] = one_only | moved
+    pairs["differs"] = (pairs["_merge"] != "both") | moved
     # What differs though nothing that was recorded does, is said to be so.
     silent = pairs["differs"] & (pairs["reasons"].map(len) == 0)
     pairs.loc[silent, "reasons"] = pd.Series(
         [("unknown",)] * int(silent.sum()), index=pairs.index[silent], dtype=object
     )
-    pairs = _with_rates(pairs, a, b) if not across else pairs.assign(d_rate=np.nan, rate_reasons=pairs["reasons"])
+    pairs = _with_rates(pairs, *whole) if not across else pairs.assign(d_rate=np.nan, rate_reasons=pairs["reasons"])
+    if a.year is not None:
+        pairs = pairs[pairs["year"] == a.year]
+    changed_settings, _ = _settings(pairs, settings_a, settings_b)
     notes = []
     if across:
         notes.append(f"A is {a.year}, B is {b.year}: the glaciers themselves changed between the two years")
     unsure = int(pairs["static_fingerprint_a"].isna().sum() + pairs["static_fingerprint_b"].isna().sum())
-    if unsure and not one_only.all():
+    if unsure and (pairs["_merge"] == "both").any():
         notes.append("some records are of a version that did not keep terrain, settings and software by fingerprint")
     return Difference(
-        a=a.label, b=b.label, totals=_totals(pairs), shares=_shares(pairs), rates=_regional(a, b, across),
+        a=a.label, b=b.label, totals=_totals(pairs), shares=_shares(pairs), rate_shares=_rate_shares(pairs),
+        rates=_regional(a, b, across),
         settings=changed_settings, software=_software(pairs, a, b), code=_code(pairs), estimates=_rows(pairs),
         notes=notes,
     )  # fmt: skip
@@ -258,6 +282,7 @@ def _reasons(pairs: pd.DataFrame, lookup: Mapping[tuple[Any, Any], set[str]]) ->
     inference = pd.Series([any(k.startswith("inference.") and k != "inference.threshold" for k in ks) for ks in keys],
                           index=pairs.index)  # fmt: skip
     threshold = pd.Series(["inference.threshold" in ks for ks in keys], index=pairs.index)
+    pixels = pd.Series([not _COUNTING.isdisjoint(ks) for ks in keys], index=pairs.index)
     code = _differs(pairs, "code_version") | _differs(pairs, "software_fingerprint")
     area_moved = (pairs["area_km2_a"] - pairs["area_km2_b"]).abs() > _SAME_KM2
     bounds_moved = pd.concat(
@@ -276,6 +301,7 @@ def _reasons(pairs: pd.DataFrame, lookup: Mapping[tuple[Any, Any], set[str]]) ->
         "calibration": calibration,
         "inference settings": inference,
         "threshold": threshold,
+        "pixels": pixels & (area_moved | bounds_moved),
         "interval": tau & bounds_moved,
     }
     known = pd.concat([f for n, f in flags.items() if n != "interval"], axis=1).any(axis=1)
@@ -336,18 +362,19 @@ def _code(pairs: pd.DataFrame) -> list[Changed]:
 
 
 def _with_rates(pairs: pd.DataFrame, a: Results, b: Results) -> pd.DataFrame:
-    """Difference of each glacier's rate since the baseline, and its reasons: those of the year and of the baseline."""
+    """Difference of each glacier's rate since the baseline, and its reasons: those for which the area of the year is
+    another, and those for which the area of the baseline is."""
     columns = ["glacier_id", "year", "baseline_year", "rate_km2_per_year"]
-    left, right = (Results(r.label, r.year, r.store, r.database).table("changes")[columns] for r in (a, b))
+    left, right = (r.table("changes")[columns] for r in (a, b))
     rates = left.merge(right, on=["glacier_id", "year"], how="outer", suffixes=("_a", "_b"))
     pairs = pairs.merge(rates, on=["glacier_id", "year"], how="left")
     pairs["d_rate"] = pairs["rate_km2_per_year_b"] - pairs["rate_km2_per_year_a"]
-    before = pairs.set_index(["glacier_id", "year"])["reasons"].to_dict()
+    told = pairs[pairs["differs"]].set_index(["glacier_id", "year"])["reasons"].to_dict()
     out = []
     for row in pairs.itertuples():
-        mine = list(row.reasons)
+        mine = list(told.get((row.glacier_id, row.year), ()))
         if pd.notna(row.baseline_year_a):
-            of_baseline = before.get((row.glacier_id, int(row.baseline_year_a)), ())
+            of_baseline = told.get((row.glacier_id, int(row.baseline_year_a)), ())
             mine += [f"baseline: {r}" for r in of_baseline if r not in mine]
         out.append(tuple(mine))
     pairs["rate_reasons"] = pd.Series(out, index=pairs.index, dtype=object)
@@ -372,7 +399,7 @@ def _shares(pairs: pd.DataFrame) -> list[Share]:
     out = []
     for year, rows in pairs[pairs["differs"]].groupby("year"):
         total = float(rows["d_area_km2"].sum())
-        for reasons, mine in rows.groupby("rate_reasons"):
+        for reasons, mine in rows.groupby("reasons"):
             here = float(mine["d_area_km2"].sum())
             rate = mine["d_rate"].dropna()
             out.append(
@@ -385,6 +412,16 @@ def _shares(pairs: pd.DataFrame) -> list[Share]:
                 )
             )  # fmt: skip
     return sorted(out, key=lambda s: (s.year, -abs(s.difference_km2), s.reasons))
+
+
+def _rate_shares(pairs: pd.DataFrame) -> list[RateShare]:
+    moved = pairs[pairs["d_rate"].abs() > _SAME_KM2]
+    out = [
+        RateShare(year=int(year), reasons=list(reasons) or ["unknown"], glaciers=len(rows),
+                  difference_km2_per_year=float(rows["d_rate"].sum()))
+        for (year, reasons), rows in moved.groupby(["year", "rate_reasons"])
+    ]  # fmt: skip
+    return sorted(out, key=lambda s: (s.year, -abs(s.difference_km2_per_year), s.reasons))
 
 
 def _regional(a: Results, b: Results, across: bool) -> list[RegionalRate]:

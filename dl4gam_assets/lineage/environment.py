@@ -25,6 +25,7 @@ from dl4gam_assets.storage import Storage
 PACKAGES = (
     "torch", "segmentation-models-pytorch", "timm", "numpy", "scipy", "pandas", "rasterio", "geopandas", "shapely",
     "pyproj", "odc-geo", "odc-stac", "xarray", "netCDF4", "xdem", "statsmodels", "scikit-learn", "pyogrio",
+    "exactextract",
 )  # fmt: skip
 
 #: Instructions by which libraries choose their kernels, the widest first.
@@ -48,13 +49,21 @@ def software() -> dict[str, str]:
 
 
 @functools.cache
-def hardware_class() -> str:
-    """Machines of one class give the same bits: architecture, vector instructions, and the accelerator if there is one.
+def hardware_class(device: str = "cpu") -> str:
+    """Machines of one class give the same bits: architecture, vector instructions, and the accelerator that was used.
 
-    Only an accelerator that torch was already asked about is named, because asking takes seconds.
+    ``device``: the torch device that computed (``cpu``, ``cuda``, ``mps``).
     """
-    machine = platform.machine() or "unknown"
-    return f"{machine} {_simd()}"
+    processor = f"{platform.machine() or 'unknown'} {_simd()}"
+    return processor if device == "cpu" else f"{processor}, {_accelerator(device)}"
+
+
+def _accelerator(device: str) -> str:
+    if device.startswith("cuda"):
+        import torch
+
+        return f"cuda {torch.cuda.get_device_name(device)}"
+    return device
 
 
 def _simd() -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 from pydantic import BaseModel
 
+from dl4gam_assets.lineage.environment import recorded_settings
 from dl4gam_assets.lineage.records import InputRecord, LineageError, Provenance
 from dl4gam_assets.lineage.sources import inputs_of, plain_row
 from dl4gam_assets.settings import Region
@@ -22,6 +23,7 @@ from dl4gam_assets.storage import Storage
 class Explanation(BaseModel):
     """The tree from an estimate to its pixels; every entry is data, :meth:`lines` tells it in words."""
 
+    region: str
     glacier: dict[str, Any]
     estimate: dict[str, Any]
     change: dict[str, Any] | None
@@ -68,15 +70,17 @@ class Explanation(BaseModel):
             (1, f"ensemble of fold_{e['fold']}, which never saw this glacier: {len(m['members'])} members"),
         ]  # fmt: skip
         out += [
-            (2, f"member {r['member']}: weights {str(r['sha256'])[:12]}, epoch {r['best_epoch']}, "
+            (2, f"member {r['member']}: weights {str(r['sha256'])[:12]}, which are no longer in the store"
+                if r.get("gone") else
+                f"member {r['member']}: weights {str(r['sha256'])[:12]}, epoch {r['best_epoch']}, "
                 f"validation IoU {_number(r['validation_iou'])}, temperature {_number(r.get('temperature'))}"
                 + _began_with(r))
             for r in m["members"]
         ]  # fmt: skip
-        out.append(
-            (1, f"interval: tau {_number(e['tau'])} by {k['method']} on {k['n_glaciers']} validation glaciers; "
-                f"calibration error {_number(k['ece_before'])} before, {_number(k['ece_after'])} after")
-        )  # fmt: skip
+        out += [
+            (1, f"interval, to hold {k['coverage']:.0%} of the true areas: tau {_number(e['tau'])} by {_tau_rule(k)}"),
+            (2, f"calibration error {_number(k['ece_before'])} before, {_number(k['ece_after'])} after"),
+        ]
         if self.quality:
             out.append((1, "quality here in the inventory year, on maps by models that never saw this glacier"))
             out += [(2, line) for line in _quality_lines(self.quality)]
@@ -113,7 +117,9 @@ def explain(storage: Storage, region: Region, glacier_id: str, year: int) -> Exp
     """
     glaciers = storage.read_table("glaciers")
     if not len(glaciers):
-        raise LineageError(f"region {region.name!r} has no results yet: run `dl4gam materialize` first")
+        raise LineageError(
+            f"region {region.name!r} has no results yet: run `dl4gam materialize --region {region.name}` first"
+        )
     chosen = glaciers[glaciers["glacier_id"] == glacier_id]
     if not len(chosen):
         import difflib
@@ -132,40 +138,82 @@ def explain(storage: Storage, region: Region, glacier_id: str, year: int) -> Exp
     estimate = _one(storage.read_table("areas", year=year, fold=fold), glacier_id)
     scenes = storage.read_table("scenes", year=year)
     scenes = scenes[scenes["glacier_id"] == glacier_id].sort_values(["rank", "date"])
-    used = scenes[scenes["scene_ids"] == provenance.scene_ids]
-    used = used if len(used) else scenes[scenes["selected"].astype(bool)]
     notes = [region.evaluation.note] if region.evaluation.note else []
     if region.simulation is not None:
         notes.append("the imagery of this region is simulated")
+    image, others = _image(scenes, provenance, notes)
     cube = _one(storage.read_table("cubes", year=year), glacier_id)
     if cube["fingerprint"] != provenance.cube_fingerprint:
         notes.append("STALE: the cube was rebuilt after this estimate was made; materialize glacier_predictions again")
     changes = storage.read_table("changes", year=year)
     changes = changes[changes["glacier_id"] == glacier_id]
-    members = storage.read_table("members", fold=fold)
     calibration = storage.read_table("calibration", fold=fold)
-    joined = members.merge(calibration[["member", "temperature"]], on="member", how="left").sort_values("member")
-    if set(provenance.member_sha256.split(",")) != set(members["sha256"]):
+    hashes = provenance.member_sha256.split(",")
+    if set(hashes) != set(calibration["sha256"]):
         notes.append("STALE: the ensemble was trained again after this estimate; materialize glacier_predictions again")
     quality = storage.read_table("evaluation", fold=fold)
     quality = quality[(quality["glacier_id"] == glacier_id) & (quality["role"] == "test")]
     first = plain_row(calibration.iloc[0]) if len(calibration) else {}
     return Explanation(
+        region=region.name,
         glacier=plain_row(chosen.drop(columns="geometry").iloc[0]),
         estimate=estimate,
         change=plain_row(changes.iloc[0]) if len(changes) else None,
-        image=plain_row(used.iloc[0]),
-        runners_up=[plain_row(r) for _, r in scenes[~scenes["selected"].astype(bool)].iterrows()],
+        image=image,
+        runners_up=others,
         cube=cube,
-        model={"members": [plain_row(r) for _, r in joined.iterrows()]},
+        model={"members": _members(storage.read_table("members", fold=fold), calibration, hashes)},
         calibration={
             k: first.get(k) for k in ("method", "n_glaciers", "ece_before", "ece_after", "validation_coverage")
-        },
+        }
+        | _interval(storage, region, glacier_id, provenance),
         quality=[plain_row(r) for _, r in quality.iterrows()],
         provenance=provenance,
         inputs=inputs_of(storage, provenance),
         notes=notes,
     )
+
+
+def _image(
+    scenes: pd.DataFrame, provenance: Provenance, notes: list[str]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The image that the estimate was made from, and the other candidates; where it is no candidate any more, what the
+    lineage says of it. Adds to ``notes`` what is not as it was."""
+    mine = scenes["scene_ids"] == provenance.scene_ids
+    selected = scenes.loc[scenes["selected"].astype(bool), "scene_ids"]
+    others = [plain_row(r) for _, r in scenes[~mine].iterrows()]
+    if not len(selected):
+        notes.append("STALE: no image is selected for this glacier now; the estimate is of before")
+    elif selected.iloc[0] != provenance.scene_ids:
+        notes.append(f"STALE: another image is selected now ({selected.iloc[0]}); materialize glacier_cubes again")
+    if mine.any():
+        return plain_row(scenes[mine].iloc[0]), others
+    notes.append("the image is no candidate any more (its year was searched again): its scores are not known")
+    recorded = {"scene_ids": provenance.scene_ids, "date": provenance.image_date, "checksums": provenance.checksums,
+                "reason": "recorded with the estimate; no candidate any more"}  # fmt: skip
+    return dict.fromkeys(map(str, scenes.columns)) | {"glacier_id": provenance.glacier_id, **recorded}, others
+
+
+def _members(members: pd.DataFrame, calibration: pd.DataFrame, hashes: list[str]) -> list[dict[str, Any]]:
+    """The members behind the estimate by the hashes of their weights; one that the store has no more by its hash."""
+    known = members.merge(calibration[["sha256", "temperature"]], on="sha256", how="left").set_index("sha256")
+    out = []
+    for number, sha in enumerate(hashes, start=1):
+        if sha in known.index:
+            out.append({"sha256": sha, **plain_row(known.loc[[sha]].iloc[0])})
+        else:
+            out.append({"sha256": sha, "member": number, "best_epoch": None, "validation_iou": None, "gone": True})
+    return out
+
+
+def _interval(storage: Storage, region: Region, glacier_id: str, provenance: Provenance) -> dict[str, Any]:
+    """Rule and aim of the interval as they were when the estimate was made, and the group behind a conformal tau."""
+    settings = (recorded_settings(storage, provenance.settings_fingerprint) or {}).get("calibration", {})
+    found = {name: settings.get(name, getattr(region.calibration, name)) for name in ("intervals", "coverage")}
+    taus = storage.read_table("taus", fold=provenance.fold)
+    mine = taus[taus["glacier_id"] == glacier_id]
+    group = plain_row(mine.iloc[0]) if len(mine) else {}
+    return found | {name: group.get(name) for name in ("conformal_group", "conformal_scope", "conformal_n")}
 
 
 def _why_not(storage: Storage, glacier_id: str, year: int, glacier: pd.Series, years: list[int]) -> str:
@@ -213,6 +261,19 @@ def _quality_lines(rows: list[dict[str, Any]]) -> list[str]:
         ]
         out.append(f"{method}: {', '.join(words)}")
     return out
+
+
+def _tau_rule(k: dict[str, Any]) -> str:
+    """Which rule gave tau, and from how many glaciers."""
+    if k["intervals"] == "published":
+        return f"the published rule ({k['method']}) on {k['n_glaciers']} validation glaciers"
+    if k["conformal_n"] is None:
+        return "the conformal rule, as the widest of the fold: the glacier was not mapped in the inventory year"
+    whose = "of all folds that do not test it" if k["conformal_scope"] == "folds" else "of the fold"
+    return (
+        f"the conformal rule on {k['conformal_n']} validation glaciers {whose} (group {k['conformal_group']}); the "
+        "published one stands beside it in the table areas"
+    )
 
 
 def _day(value: Any) -> str:

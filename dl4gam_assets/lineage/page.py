@@ -30,7 +30,8 @@ _STORY = """{% for note in e.notes %}<p class="note">{{ note }}</p>{% endfor %}
 {% endfor %}
 <p class="quiet">Made {{ e.provenance.time.strftime("%Y-%m-%d %H:%M") }} UTC
 by dl4gam_assets {{ e.provenance.code_version }}.
-Make it again with <code>dl4gam reproduce {{ e.glacier.glacier_id }} --year {{ e.estimate.year }}</code>.</p>"""
+Make it again with
+<code>dl4gam reproduce {{ e.glacier.glacier_id }} --year {{ e.estimate.year }} --region {{ e.region }}</code>.</p>"""
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -54,7 +55,7 @@ _PAGE = """<!doctype html>
 <h1>{{ e.glacier.glacier_id }}{% if e.glacier.name %} ({{ e.glacier.name }}){% endif %}, {{ e.estimate.year }}</h1>
 <p><span class="big">{{ "%.4f"|format(e.estimate.area_km2) }} km<sup>2</sup></span><br>
 interval {{ "%.4f"|format(e.estimate.lower_km2) }} to {{ "%.4f"|format(e.estimate.upper_km2) }} km<sup>2</sup>
-(calibrated to hold the true area about two times in three)</p>
+(calibrated to hold the true area in {{ "%.0f"|format(100 * e.calibration.coverage) }}% of all cases)</p>
 {{ story | safe }}
 </body></html>
 """

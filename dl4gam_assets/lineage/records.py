@@ -66,11 +66,17 @@ class InputRecord(_Record):
     run_id: str | None = None
     materialization_id: str | None = None
     code_version: str | None = None
+    settings_fingerprint: str | None = None
+    software_fingerprint: str | None = None
+    hardware: str | None = None
     time: dt.datetime | None = None
 
 
 class Materialization(_Record):
-    """One materialization: whose, when, by which Dagster run, and the fingerprint of what it gave."""
+    """One materialization: whose, when, by which Dagster run, with what, and the fingerprint of what it gave.
+
+    Partitions are made at different times: each has the settings, packages and hardware of its own.
+    """
 
     asset: str
     partition: str
@@ -78,6 +84,9 @@ class Materialization(_Record):
     run_id: str | None
     materialization_id: str | None
     code_version: str | None
+    settings_fingerprint: str | None = None
+    software_fingerprint: str | None = None
+    hardware: str | None = None
     time: dt.datetime | None
 
 

@@ -68,5 +68,7 @@ def _completed(record: InputRecord, made: dict[tuple[str | None, str | None], In
         return record
     return record.model_copy(
         update={"run_id": of.run_id, "materialization_id": of.materialization_id,
-                "code_version": record.code_version or of.code_version, "time": of.time}
+                "code_version": record.code_version or of.code_version, "time": of.time,
+                "settings_fingerprint": of.settings_fingerprint, "software_fingerprint": of.software_fingerprint,
+                "hardware": of.hardware}
     )  # fmt: skip

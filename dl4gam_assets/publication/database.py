@@ -29,6 +29,7 @@ from dl4gam_assets.publication.schema import (
     unit_of,
 )
 from dl4gam_assets.publication.schema import quoted as _q
+from dl4gam_assets.publication.views import REGION_COLUMNS, REGION_MEANING, VIEWS
 from dl4gam_assets.settings import Region
 from dl4gam_assets.storage import Storage
 from dl4gam_assets.tables import TABLES, Column, Table
@@ -49,214 +50,6 @@ _CLOSED: dict[str, Any] = {
 }
 
 _QUIET: dict[str, Any] = {"autoinstall_known_extensions": False, "autoload_known_extensions": False}
-
-#: name -> (meaning, SQL)
-VIEWS: dict[str, tuple[str, str]] = {
-    "glacier_time_series": (
-        "Area of every glacier in every year, with its interval and its change since the baseline.",
-        """
-        SELECT a.glacier_id, g.name, g.country, a.year, a.image_date, a.area_km2, a.lower_km2, a.upper_km2, a.std_km2,
-               c.rate_km2_per_year, c.rate_std_km2_per_year, c.rate_pct_per_year, c.rate_std_pct_per_year,
-               c.ok, c.flags
-        FROM areas a
-        LEFT JOIN glaciers g USING (glacier_id)
-        LEFT JOIN changes c USING (glacier_id, year)
-        ORDER BY a.glacier_id, a.year
-        """,
-    ),
-    "largest_losses": (
-        "Change of every glacier since the baseline in the latest year that has changes, largest loss first. "
-        "Rows that are not ok did not pass the quality filter; flags say why.",
-        """
-        SELECT c.glacier_id, g.name, g.country, c.year, c.baseline_area_km2, c.area_km2,
-               c.area_km2 - c.baseline_area_km2 AS change_km2, c.rate_km2_per_year, c.rate_std_km2_per_year,
-               c.rate_pct_per_year, c.rate_std_pct_per_year, c.snr, c.ok, c.flags
-        FROM changes c
-        LEFT JOIN glaciers g USING (glacier_id)
-        WHERE c.year = (SELECT max(year) FROM changes)
-        ORDER BY change_km2, c.glacier_id
-        """,
-    ),
-    "robust_trends": (
-        "Trend of every glacier over all its images, beside the change since the baseline. Where both "
-        "disagree, odd_year names the image to look at.",
-        """
-        SELECT t.glacier_id, g.name, g.country, t.n_years, t.first_date, t.last_date, t.first_area_km2,
-               t.theil_sen_pct_per_year, t.theil_sen_km2_per_year, t.theil_sen_lower_km2_per_year,
-               t.theil_sen_upper_km2_per_year, t.wls_km2_per_year, t.wls_std_km2_per_year,
-               c.rate_km2_per_year AS two_year_km2_per_year, t.odd_year, t.odd_residual
-        FROM trends t
-        LEFT JOIN glaciers g USING (glacier_id)
-        LEFT JOIN changes c ON c.glacier_id = t.glacier_id AND c.year = (SELECT max(year) FROM changes)
-        ORDER BY t.glacier_id
-        """,
-    ),
-    "evaluation_by_class": (
-        "Held-out quality over all folds: all glaciers, by size class, and debris-covered and clean glaciers apart. "
-        "iou, precision, recall and f1 come from summed pixels; weighted_ ones are means over glaciers weighted by "
-        "inventory area, mean_ ones plain means over glaciers. Never compare figures of different scopes.",
-        """
-        WITH judged AS (SELECT *, inventory_area_km2 AS weight FROM evaluation WHERE role = 'test' AND n_pixels > 0),
-        named AS (
-            SELECT 0 AS place, 'all' AS grouping, 'all' AS "group", * FROM judged
-            UNION ALL SELECT 1, 'size_class', size_class, * FROM judged WHERE size_class IS NOT NULL
-            UNION ALL SELECT 2, 'debris', CASE WHEN debris_covered THEN 'debris-covered' ELSE 'clean' END, *
-                      FROM judged WHERE debris_covered IS NOT NULL
-        )
-        SELECT method, scope, grouping, "group", count(DISTINCT glacier_id) AS n_glaciers,
-               sum(n_pixels)::BIGINT AS n_pixels, sum(true_positive)::BIGINT AS true_positive,
-               sum(false_positive)::BIGINT AS false_positive, sum(false_negative)::BIGINT AS false_negative,
-               CASE WHEN count(iou) > 0 THEN sum(true_positive)
-                   / nullif(sum(true_positive + false_positive + false_negative), 0) END AS iou,
-               CASE WHEN count(precision) > 0 THEN sum(true_positive)
-                   / nullif(sum(true_positive + false_positive), 0) END AS precision,
-               sum(true_positive) / nullif(sum(true_positive + false_negative), 0) AS recall,
-               CASE WHEN count(f1) > 0 THEN sum(2 * true_positive)
-                   / nullif(sum(2 * true_positive + false_positive + false_negative), 0) END AS f1,
-               sum(iou * weight) / sum(weight) FILTER (iou IS NOT NULL) AS weighted_iou,
-               sum(precision * weight) / sum(weight) FILTER (precision IS NOT NULL) AS weighted_precision,
-               sum(recall * weight) / sum(weight) FILTER (recall IS NOT NULL) AS weighted_recall,
-               sum(f1 * weight) / sum(weight) FILTER (f1 IS NOT NULL) AS weighted_f1,
-               avg(iou) AS mean_iou, avg(precision) AS mean_precision, avg(recall) AS mean_recall, avg(f1) AS mean_f1
-        FROM named
-        GROUP BY method, scope, place, grouping, "group"
-        ORDER BY method, scope, place, min(weight), "group"
-        """,
-    ),
-    "lineage_inputs": (
-        "Every input of every estimate, one row each: scene files, cube, terrain tiles, weights, calibration, "
-        "settings, packages, and the materializations (with Dagster run) that they come from.",
-        """
-        WITH joined AS (
-            SELECT l.glacier_id, l.year, l.fold, s.kind, s.name, s.address, s.checksum, s.asset, s.partition, s.run_id,
-                   s.materialization_id, s.code_version, s.time
-            FROM lineage l JOIN lineage_sources s ON s.year = l.year AND s.fold = l.fold AND s.scope = 'all'
-            UNION ALL
-            SELECT l.glacier_id, l.year, l.fold, s.kind, s.name, s.address, s.checksum, s.asset, s.partition, s.run_id,
-                   s.materialization_id, s.code_version, s.time
-            FROM lineage l JOIN lineage_sources s
-              ON s.year = l.year AND s.fold = l.fold AND s.scope = 'image' AND s.scope_key = l.scene_ids
-            UNION ALL
-            SELECT l.glacier_id, l.year, l.fold, s.kind, s.name, s.address, s.checksum, s.asset, s.partition, s.run_id,
-                   s.materialization_id, s.code_version, s.time
-            FROM lineage l JOIN lineage_sources s
-              ON s.year = l.year AND s.fold = l.fold AND s.scope = 'terrain' AND s.scope_key = l.terrain_key
-            UNION ALL
-            SELECT glacier_id, year, fold, 'glacier cube', glacier_id, NULL, cube_fingerprint, 'glacier_cubes',
-                   year::VARCHAR, NULL, NULL, NULL, NULL
-            FROM lineage
-            UNION ALL
-            SELECT glacier_id, year, fold, 'static layers', glacier_id, NULL, static_fingerprint, 'elevation', 'all',
-                   NULL, NULL, NULL, NULL
-            FROM lineage WHERE static_fingerprint IS NOT NULL
-            UNION ALL
-            SELECT glacier_id, year, fold, 'prediction', glacier_id, NULL, prediction_fingerprint,
-                   'glacier_predictions', year || '.fold_' || fold, NULL, NULL, NULL, NULL
-            FROM lineage
-        )
-        SELECT * FROM joined
-        """,
-    ),
-    "changes_by_country": (
-        "Totals by country, year and method.",
-        """
-        SELECT r."group" AS country, r.year, r.method, r.n_glaciers, r.n_measured, r.baseline_area_km2, r.area_km2,
-               r.std_km2, r.rate_km2_per_year, r.rate_std_km2_per_year, r.rate_pct_per_year, r.rate_std_pct_per_year,
-               r.correlation
-        FROM regional_changes r
-        WHERE r.grouping = 'country'
-        ORDER BY country, r.year, r.method
-        """,
-    ),
-    "changes_by_size_class": (
-        "Totals by size of the glacier in the inventory (km²), year and method.",
-        """
-        SELECT r."group" AS size_class_km2, r.year, r.method, r.n_glaciers, r.n_measured, r.baseline_area_km2,
-               r.area_km2, r.std_km2, r.rate_km2_per_year, r.rate_std_km2_per_year, r.rate_pct_per_year,
-               r.rate_std_pct_per_year, r.correlation
-        FROM regional_changes r
-        WHERE r.grouping = 'size_class'
-        ORDER BY r.year, r.method, try_cast(regexp_extract(r."group", '[0-9.]+') AS DOUBLE), size_class_km2
-        """,
-    ),
-    "region_time_series": (
-        "Totals of the whole region by year and method, with the change since the baseline.",
-        """
-        SELECT r.year, r.method, r.n_glaciers, r.n_measured, r.baseline_year, r.baseline_area_km2, r.area_km2,
-               r.std_km2, r.rate_km2_per_year, r.rate_std_km2_per_year, r.rate_pct_per_year, r.rate_std_pct_per_year,
-               r.correlation
-        FROM regional_changes r
-        WHERE r.grouping = 'region'
-        ORDER BY r.method, r.year
-        """,
-    ),
-    "years_overview": (
-        "What there is of each year: estimates, glaciers that pass the quality filter, mean usable share, failures.",
-        """
-        WITH failed AS (
-            SELECT try_cast(split_part("partition", '.', 1) AS BIGINT) AS year, count(DISTINCT glacier_id) AS n
-            FROM failures WHERE stage <> 'area_change' GROUP BY 1
-        )
-        SELECT a.year, count(*) AS estimates, (SELECT count(*) FROM glaciers WHERE modelled) AS modelled,
-               count(c.glacier_id) AS with_rate, count(*) FILTER (WHERE c.ok) AS ok, sum(a.area_km2) AS area_km2,
-               min(a.image_date) AS first_image, max(a.image_date) AS last_image,
-               avg(a.usable_share) AS mean_usable_share, coalesce(any_value(f.n), 0) AS failed_glaciers
-        FROM areas a
-        LEFT JOIN changes c USING (glacier_id, year)
-        LEFT JOIN failed f ON f.year = a.year
-        GROUP BY a.year
-        ORDER BY a.year
-        """,
-    ),
-    "held_out_quality": (
-        "Scores on held-out glaciers in the inventory year, pooled over pixels and averaged over glaciers. The scopes "
-        "count different pixels: compare methods within one scope only.",
-        """
-        SELECT e.scope, e.method, count(*) AS n_glaciers, sum(e.n_pixels) AS n_pixels,
-               sum(e.true_positive) / nullif(sum(e.true_positive + e.false_positive + e.false_negative), 0) AS iou,
-               sum(e.true_positive) / nullif(sum(e.true_positive + e.false_positive), 0) AS precision,
-               sum(e.true_positive) / nullif(sum(e.true_positive + e.false_negative), 0) AS recall,
-               avg(e.iou) AS mean_iou, avg(e.recall) AS mean_recall
-        FROM evaluation e
-        WHERE e.role = 'test'
-        GROUP BY e.scope, e.method
-        ORDER BY e.scope, iou DESC NULLS LAST, e.method
-        """,
-    ),
-    "interval_coverage": (
-        "Share of inventory areas inside their glacier's interval in the baseline year, by fold, beside the "
-        "calibration error and the share reached on validation glaciers.",
-        """
-        WITH inside AS (
-            SELECT fold, count(*) AS n_glaciers,
-                   avg((inventory_area_km2 BETWEEN lower_km2 AND upper_km2)::INTEGER) AS inside_share
-            FROM baseline_areas WHERE inventory_area_km2 IS NOT NULL GROUP BY fold
-        ),
-        rule AS (
-            SELECT fold, any_value(method) AS method, any_value(n_glaciers) AS validation_glaciers,
-                   any_value(validation_coverage) AS validation_share, any_value(ece_before) AS ece_before,
-                   any_value(ece_after) AS ece_after
-            FROM calibration GROUP BY fold
-        )
-        SELECT i.*, r.* EXCLUDE (fold) FROM inside i LEFT JOIN rule r USING (fold) ORDER BY i.fold
-        """,
-    ),
-}
-
-#: Columns of the table ``region``: name, type, meaning.
-REGION_COLUMNS: tuple[tuple[str, str, str], ...] = (
-    ("name", "VARCHAR", "Name of the region"),
-    ("title", "VARCHAR", "Title"),
-    ("settings", "JSON", "All settings that can change a result, as JSON"),
-    ("fingerprint", "VARCHAR", "Hash of the settings"),
-    ("code_version", "VARCHAR", "Version of dl4gam_assets"),
-    ("simulated", "BOOLEAN", "True: inputs are simulated, the figures speak of no real glacier"),
-    (
-        "left_out",
-        "VARCHAR",
-        "Tables that are empty here by publication.leave_out, joined by ','",
-    ),
-)
 
 
 def build_database(storage: Storage, region: Region, path: UPath | os.PathLike[str]) -> dict[str, int]:
@@ -298,11 +91,15 @@ def build_database(storage: Storage, region: Region, path: UPath | os.PathLike[s
             for table in TABLES.values():
                 if counts[table.name] and has_foreign_key(table):
                     _check_glaciers(connection, table)
+            _check_lineage(connection, left_out)
             _add_region(connection, region)
             _add_info(connection, counts)
-            for name, (meaning, sql) in VIEWS.items():
-                connection.execute(f"CREATE VIEW {_q(name)} AS {sql}")
-                _comment(connection, "VIEW", name, meaning)
+            for name, view in VIEWS.items():
+                kind = "TABLE" if view.stored else "VIEW"
+                connection.execute(f"CREATE {kind} {_q(name)} AS {view.sql}")
+                _comment(connection, kind, name, view.meaning)
+                for column in view.columns:
+                    _comment(connection, "COLUMN", f"{_q(name)}.{_q(column.name)}", comment_of(column), quoted=True)
             connection.execute("CHECKPOINT")
         finally:
             connection.close()
@@ -497,6 +294,34 @@ def _check_glaciers(connection: duckdb.DuckDBPyConnection, table: Table) -> None
         )
 
 
+#: Pairs of tables whose rows belong together: each row of the first has its row in the second, by these columns.
+_TOGETHER = (
+    ("areas", "lineage", {"glacier_id": "glacier_id", "year": "year"}),
+    ("lineage", "areas", {"glacier_id": "glacier_id", "year": "year"}),
+    ("lineage", "settings", {"settings_fingerprint": "fingerprint"}),
+    ("lineage", "software", {"software_fingerprint": "fingerprint"}),
+)
+
+
+def _check_lineage(connection: duckdb.DuckDBPyConnection, left_out: set[str]) -> None:
+    """Each estimate has its lineage and the reverse, and settings and packages that lineage names are there."""
+    for one, other, by in _TOGETHER:
+        if {one, other} & left_out:
+            continue
+        names = ", ".join(f"l.{_q(k)}" for k in by)
+        there = " AND ".join(f"l.{_q(k)} IS NOT NULL" for k in by)
+        join = " AND ".join(f"l.{_q(k)} = r.{_q(v)}" for k, v in by.items())
+        lost = connection.execute(
+            f"SELECT DISTINCT {names} FROM {_q(one)} l ANTI JOIN {_q(other)} r ON {join} "  # noqa: S608  (own names)
+            f"WHERE {there} ORDER BY ALL LIMIT {_NAMED + 1}"
+        ).fetchall()
+        if lost:
+            raise ValueError(
+                f"table {one} is not published: rows of it have none in table {other} "
+                f"({_named(list(by), lost[:_NAMED], len(lost))}). Materialize glacier_areas again"
+            )
+
+
 def _value(column: Column, found: set[str]) -> str:
     if column.name not in found:
         return f"NULL::{TYPES[column.dtype]}"
@@ -527,23 +352,35 @@ def _add_region(connection: duckdb.DuckDBPyConnection, region: Region) -> None:
         [region.name, region.title, settings, region.fingerprint(), __version__, region.simulation is not None,
          ",".join(sorted(region.publication.leave_out))],
     )  # fmt: skip
-    _comment(connection, "TABLE", "region", "The region and all settings the results were made with.")
+    _comment(connection, "TABLE", "region", REGION_MEANING)
     for name, _, meaning in REGION_COLUMNS:
         _comment(connection, "COLUMN", f"region.{_q(name)}", meaning, quoted=True)
 
 
 def _add_info(connection: duckdb.DuckDBPyConnection, counts: dict[str, int]) -> None:
-    rows = [
-        (t.name, t.meaning, counts[t.name], i, c.name, TYPES[c.dtype], unit_of(c), c.meaning, c.key, not c.nullable)
+    rows: list[tuple[Any, ...]] = [
+        (t.name, "table", t.meaning, counts[t.name], i, c.name, TYPES[c.dtype], unit_of(c), c.meaning, c.key,
+         c.key or not c.nullable)
         for t in TABLES.values()
         for i, c in enumerate(t.columns, start=1)
+    ]  # fmt: skip
+    rows += [
+        ("region", "table", REGION_MEANING, 1, i, name, kind, "", meaning, name == "name", True)
+        for i, (name, kind, meaning) in enumerate(REGION_COLUMNS, start=1)
+    ]
+    rows += [
+        (name, "view", view.meaning, None, i, c.name, TYPES[c.dtype], unit_of(c), c.meaning, False, False)
+        for name, view in VIEWS.items()
+        for i, c in enumerate(view.columns, start=1)
     ]
     names = (
-        "table_name", "table_meaning", "rows", "position", "column_name", "type", "unit", "meaning", "is_key",
+        "table_name", "kind", "table_meaning", "rows", "position", "column_name", "type", "unit", "meaning", "is_key",
         "is_required",
     )  # fmt: skip
-    info = pd.DataFrame(rows, columns=list(names))
+    info = pd.DataFrame(rows, columns=list(names)).astype({"rows": "Int64"})
     connection.register("_info", info)
     connection.execute("CREATE TABLE tables_info AS SELECT * FROM _info")
     connection.unregister("_info")
-    _comment(connection, "TABLE", "tables_info", "What every table and column means, and how many rows a table has.")
+    _comment(
+        connection, "TABLE", "tables_info", "What every table, view and column means, and how many rows a table has."
+    )

@@ -77,7 +77,7 @@ def export_year(
         _tables(storage, year, making)
         _maps(storage, year, making)
         if weights:
-            _copy_tree(storage, "models", making, "*.safetensors", "*.json")
+            _models(storage, making)
         if cubes:
             for glacier in storage.read_table("cubes", year=year)["glacier_id"]:
                 _copy(storage, storage.cube(year, str(glacier)), making / "cubes" / f"{safe_name(str(glacier))}.nc")
@@ -94,7 +94,7 @@ def export_year(
         )
         (making / "CITATION.cff").write_text(citation_cff(region, year), encoding="utf-8")
         (making / ".zenodo.json").write_text(json.dumps(zenodo(region, year), indent=1) + "\n", encoding="utf-8")
-        (making / "README.md").write_text(_readme(region, year, len(areas), weights, cubes), encoding="utf-8")
+        (making / "README.md").write_text(_readme(region, year, len(areas), making), encoding="utf-8")
         files = _checksums(making)
         if folder.exists():
             folder.rmdir()
@@ -190,11 +190,15 @@ def _maps(storage: Storage, year: int, folder: Path) -> None:
         _copy(storage, source, Path(str(Layout(folder).map(year, str(glacier)))))
 
 
-def _copy_tree(storage: Storage, name: str, folder: Path, *patterns: str) -> None:
-    root = storage.path(name)
-    for pattern in patterns:
-        for source in sorted(root.rglob(pattern), key=str) if root.exists() else []:
-            _copy(storage, source, folder / name / str(source.relative_to(root)))
+def _models(storage: Storage, folder: Path) -> None:
+    """Weights and settings of the members that calibrations saw, and what else lies beside them for each fold."""
+    calibration = storage.read_table("calibration")
+    for fold, rows in calibration.groupby("fold"):
+        names = [f"member={int(m):02d}/model.{end}" for m in rows["member"] for end in ("safetensors", "json")]
+        for name in ("ensemble.json", "random_forest.safetensors", *names):
+            source = storage.path("models", f"fold={fold}", *name.split("/"))
+            if source.exists():
+                _copy(storage, source, folder / "models" / f"fold={fold}" / name)
 
 
 def _copy(storage: Storage, source: Any, target: Path) -> None:
@@ -246,7 +250,7 @@ def citation_cff(region: Region, year: int) -> str:
         "version": p.version or str(year),
         "date-released": dt.date.today().isoformat(),
         "license": p.license,
-        "keywords": ["glaciers", "area change", "remote sensing", "deep learning"],
+        "keywords": ["glaciers", "area change", "remote sensing", "deep learning", region.imagery.sensor.name],
         "references": [
             {
                 "type": "article", "title": "DL4GAM", "authors": [{"family-names": "Diaconu", "given-names": "C.-A."}],
@@ -274,14 +278,15 @@ def zenodo(region: Region, year: int) -> dict[str, Any]:
         "creators": creators or [{"name": region.title or region.name}],
         "license": p.license.lower(),
         "version": p.version or str(year),
-        "keywords": ["glaciers", "area change", "uncertainty", "Sentinel-2"],
+        "keywords": ["glaciers", "area change", "uncertainty", region.imagery.sensor.name],
         "related_identifiers": [
             {"identifier": "10.1029/2025EA004197", "relation": "isDerivedFrom", "resource_type": "publication-article"}
         ],
     }
 
 
-def _readme(region: Region, year: int, n: int, weights: bool, cubes: bool) -> str:
+def _readme(region: Region, year: int, n: int, folder: Path) -> str:
+    """What lies in ``folder``, beside this page and the checksums, and what it was made from."""
     name = safe_name(region.name)
     rows = [
         (f"outlines/{name}_{year}.gpkg", "GeoPackage: layers best, lower, upper, inventory; opens styled in QGIS"),
@@ -289,13 +294,14 @@ def _readme(region: Region, year: int, n: int, weights: bool, cubes: bool) -> st
         ("tables/*.csv", "areas, changes, totals, trends, images, quality, failures and lineage"),
         (f"predictions/year={year}/*.tif", "probability of ice and its standard deviation (cloud-optimized GeoTIFF)"),
         ("stac/catalog.json", "STAC catalog of the maps and of the models behind them"),
-        *([("models/", "weights (safetensors) of every ensemble member")] if weights else []),
-        *([("cubes/*.nc", "glacier cubes: image, masks, terrain (NetCDF)")] if cubes else []),
+        ("models/", "weights (safetensors) of every ensemble member, and their settings"),
+        ("cubes/*.nc", "glacier cubes: image, masks, terrain (NetCDF)"),
         ("results.duckdb", "all results of all years (DuckDB; every column is described in it)"),
         (f"report_{year}.html", "the report of the year"),
         ("CITATION.cff, LICENSE.txt, .zenodo.json", "how to cite, the licence, metadata for a repository"),
         ("SHA256SUMS", "checksums: sha256sum -c SHA256SUMS"),
     ]
+    rows = [(a, b) for a, b in rows if a == "SHA256SUMS" or any(folder.glob(a.split(",")[0].rstrip("/")))]
     sources = [
         ("Method", _METHOD), ("Inventory", region.inventory.source), ("Elevation", region.terrain.dem_source),
         ("Elevation change", region.terrain.elevation_change_source),
@@ -306,7 +312,7 @@ def _readme(region: Region, year: int, n: int, weights: bool, cubes: bool) -> st
         lines += ["**The inputs are simulated. The figures speak of no real glacier.**", ""]
     lines += [region.description or "", "", f"{n} glaciers of {year}. Coordinates: EPSG:4326 (outlines) and the UTM "
               "zone of each glacier (maps). Areas in km2; `lower` and `upper` bound a calibrated interval that is to "
-              "hold the true area about two times in three. Times are UTC.", "",
+              f"hold the true area in {region.calibration.coverage:.0%} of all cases. Times are UTC.", "",
               "| file | what |", "|---|---|"]  # fmt: skip
     lines += [f"| `{a}` | {b} |" for a, b in rows]
     lines += ["", "Made from:", ""] + [f"- {kind}: {text}" for kind, text in sources if text]

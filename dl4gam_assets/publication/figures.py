@@ -139,7 +139,7 @@ def close_ups(
             _scale_bar(axes)
         axes.set_aspect("equal")
         axes.set_axis_off()
-        axes.set_title(title, fontsize=9, color=INK)
+        axes.set_title(title, fontsize=9, color=INK, parse_math=False)  # a name may hold a dollar sign
     for axes in panels[len(ids) :]:
         axes.set_axis_off()
     return _address(figure, as_png=_vertices(baseline, now, bounds) > MAX_VERTICES)

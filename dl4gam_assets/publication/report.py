@@ -138,6 +138,7 @@ def collect(storage: Storage, region: Region, year: int) -> dict[str, Any]:
         "stories": stories,
         "anchors": {story["glacier_id"]: story["anchor"] for story in stories},
         "origin": _origin(storage, regional, year),
+        "quality_origin": _origin_of_quality(storage, region),
         "quality": _quality(storage),
         "coverage": _coverage(storage, region),
         "calibration": storage.read_table("calibration").drop_duplicates("fold").sort_values("fold").to_dict("records"),
@@ -277,6 +278,17 @@ def _origin(storage: Storage, regional: pd.DataFrame, year: int) -> list[dict[st
     areas = storage.path("state", "glacier_areas")
     names = sorted(f.stem for f in areas.glob("*.json")) if areas.exists() else []
     wanted += [("glacier_areas", name) for name in names if name.split(".")[0] == str(year)]
+    return _made(storage, wanted)
+
+
+def _origin_of_quality(storage: Storage, region: Region) -> list[dict[str, Any]]:
+    """The partitions behind scores, coverage and calibration."""
+    folds = [f"fold_{f}" for f in range(1, region.folds.n + 1)]
+    wanted = [(asset, fold) for asset in ("evaluation", "calibration", "interval_taus") for fold in folds]
+    return _made(storage, [("baseline_areas", "all"), *wanted])
+
+
+def _made(storage: Storage, wanted: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
     out = []
     for asset, partition in wanted:
         state = storage.read_state(asset, partition)

@@ -120,6 +120,12 @@ def row_rules(table: Table) -> list[Rule]:
     """What each row of a table must obey on its own: ranges, and bounds on the two sides of an estimate."""
     rules = []
     for c in table.columns:
+        if c.choices:
+            allowed = ", ".join(f"'{choice}'" for choice in c.choices)
+            rules.append(Rule(f"{c.name}_choices", f"{c.name} is one of {', '.join(c.choices)}",
+                              f"{quoted(c.name)} IN ({allowed})"))  # fmt: skip
+        if c.dtype == "float64":  # to DuckDB nan is larger than any number, so that no upper limit but this one tells
+            rules.append(Rule(f"{c.name}_finite", f"{c.name} is a finite number", f"isfinite({quoted(c.name)})"))
         if c.minimum is not None or c.maximum is not None:
             parts = []
             if c.minimum is not None:
@@ -173,20 +179,20 @@ BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
 
 def schema_page(tables: Iterable[Table] | None = None) -> str:
     """The generated part of docs/results.md: every table, column and view, in Markdown."""
-    from dl4gam_assets.publication.database import REGION_COLUMNS, VIEWS
+    from dl4gam_assets.publication.views import REGION_COLUMNS, REGION_MEANING, VIEWS
 
     tables = list(TABLES.values() if tables is None else tables)
     lines = ["## Tables", ""]
     for t in tables:
         lines.append(f"- [`{t.name}`](#{_anchor(t.name)}): {t.meaning}")
-    lines += ["- [`region`](#region): The region and all settings the results were made with.",
+    lines += [f"- [`region`](#region): {REGION_MEANING}",
               "- `tables_info`: this page as a table: one row a column, with the rows of its table.", ""]  # fmt: skip
     for t in tables:
         lines += [f"### {t.name}", "", t.meaning, ""]
         facts = [f"Key: {', '.join(f'`{k}`' for k in t.keys)}."] if t.keys else []
         if has_foreign_key(t):
             facts.append("`glacier_id` is one of `glaciers`.")
-        more = [r.meaning for r in row_rules(t) if not r.name.endswith("_range")]
+        more = [r.meaning for r in row_rules(t) if not r.name.endswith(("_range", "_finite", "_choices"))]
         if more:
             facts.append("Always: " + "; ".join(f"`{m}`" for m in more) + ".")
         if facts:
@@ -197,12 +203,14 @@ def schema_page(tables: Iterable[Table] | None = None) -> str:
             cells = (f"`{c.name}`", TYPES[c.dtype], unit_of(c), _range(c), required, _cell(c.meaning))
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
-    lines += ["### region", "", "The region and all settings the results were made with. One row.", "",
-              "| column | type | meaning |", "|---|---|---|"]  # fmt: skip
+    lines += ["### region", "", REGION_MEANING, "", "| column | type | meaning |", "|---|---|---|"]
     lines += [f"| `{name}` | {kind} | {_cell(meaning)} |" for name, kind, meaning in REGION_COLUMNS]
     lines += ["", "## Views", ""]
-    for name, (meaning, _) in VIEWS.items():
-        lines.append(f"- `{name}`: {meaning}")
+    lines += [f"- [`{name}`](#{_anchor(name)}): {view.meaning}" for name, view in VIEWS.items()]
+    for name, view in VIEWS.items():
+        lines += ["", f"### {name}", "", view.meaning + (" Kept in this order, as a table." if view.stored else ""), "",
+                  "| column | type | unit | meaning |", "|---|---|---|---|"]  # fmt: skip
+        lines += [f"| `{c.name}` | {TYPES[c.dtype]} | {unit_of(c)} | {_cell(c.meaning)} |" for c in view.columns]
     return "\n".join(lines) + "\n"
 
 
@@ -225,6 +233,8 @@ def _anchor(name: str) -> str:
 
 
 def _range(c: Column) -> str:
+    if c.choices:
+        return ", ".join(f"`{choice}`" for choice in c.choices)
     if c.minimum is None and c.maximum is None:
         return ""
     low = "" if c.minimum is None else f"{c.minimum:g}"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from upath import UPath
 
+from dl4gam_assets.lineage.environment import recorded_settings
 from dl4gam_assets.settings import Region
 from dl4gam_assets.storage import Storage, safe_name
 
@@ -75,6 +76,7 @@ def write_stac(
     cubes = storage.read_table("cubes", year=year).set_index("glacier_id")
     outlines = storage.read_table("outlines", year=year)
     outlines = outlines[outlines["bound"] == "best"].set_index("glacier_id")
+    lineage = storage.read_table("lineage", year=year).set_index("glacier_id")
     tag = _tag(region)
 
     items = []
@@ -85,6 +87,8 @@ def write_stac(
         if date is None or pd.isna(date):
             raise ValueError(f"map of {glacier} in {year} has no image date: materialize glacier_areas again")
         outline = outlines.geometry.loc[glacier] if glacier in outlines.index else None
+        if glacier in lineage.index:
+            figures["code_version"] = lineage.loc[glacier, "code_version"]
         items.append(
             _item(storage, base, glacier, year, pd.Timestamp(date), outline, figures, int(row.fold), tag, layout)
         )
@@ -173,7 +177,7 @@ def _item(
             f"Mapped by the ensemble of cross-validation fold {fold}, which never saw this glacier, on the image of "
             f"{date:%Y-%m-%d}. The table lineage in results.duckdb names every input."
         ),
-        "processing:software": {"dl4gam_assets": __version__},
+        "processing:software": {"dl4gam_assets": str(figures.get("code_version") or __version__)},
         "proj:code": f"EPSG:{code}",
         "proj:shape": shape,
         "proj:transform": transform,
@@ -213,19 +217,25 @@ def _models(
     import shapely
 
     found: dict[int, pystac.Item] = {}
-    members = storage.read_table("members")
     glaciers = storage.read_table("glaciers")
     box = [round(float(v), 7) for v in glaciers.total_bounds] if len(glaciers) else [-180.0, -90.0, 180.0, 90.0]
-    channels = list(region.model.channels)
-    size = region.training.patch_px
     for fold in sorted({int(i.properties["dl4gam:fold"]) for i in items}):
-        mine = members[members["fold"] == fold].sort_values("member")
+        mine = _members(storage, fold)
         if mine.empty:
             continue
+        # What the members were trained with was recorded; the settings may be others by now.
+        first = int(mine["member"].iloc[0])
+        recorded = storage.read_json(storage.model(fold, first) / "model.json") or {}
+        state = storage.read_state("ensemble_member", f"fold_{fold}.member_{first:02d}") or {}
+        then = recorded_settings(storage, str(state.get("settings"))) or {}
+        network = region.model.model_dump(mode="json") | recorded.get("model", {})
+        training = region.training.model_dump(mode="json") | then.get("training", {})
+        engine = recorded.get("engine", {})
+        channels, size = list(network["channels"]), int(training["patch_px"])
         parameters = {
-            "encoder": region.model.encoder, "members": len(mine), "epochs": region.training.epochs,
-            "patch_px": size, "loss": region.training.loss, "learning_rate": region.training.learning_rate,
-            "fold": fold, "folds": region.folds.n,
+            "encoder": network["encoder"], "members": len(mine), "epochs": training["epochs"], "patch_px": size,
+            "loss": training["loss"], "learning_rate": training["learning_rate"], "fold": fold,
+            "precision": engine.get("precision"), "encoder_weights": engine.get("encoder_weights"),
         }  # fmt: skip
         model = pystac.Item(
             id=f"{region.name}-ensemble-fold_{fold}",
@@ -235,12 +245,13 @@ def _models(
             properties={
                 "title": f"Ensemble of fold {fold}: {len(mine)} members",
                 "mlm:name": f"{region.name} fold_{fold}",
-                "mlm:architecture": region.model.architecture,
+                "mlm:architecture": network["architecture"],
                 "mlm:tasks": ["semantic-segmentation"],
                 "mlm:framework": "PyTorch",
-                "mlm:pretrained": region.model.encoder_weights is not None,
+                **({"mlm:framework_version": str(engine["torch"])} if engine.get("torch") else {}),
+                "mlm:pretrained": network["encoder_weights"] is not None,
                 "mlm:total_parameters": int(mine["parameters"].max()) if mine["parameters"].notna().any() else 0,
-                "mlm:hyperparameters": parameters,
+                "mlm:hyperparameters": {k: v for k, v in parameters.items() if v is not None},
                 "mlm:input": [
                     {
                         "name": "glacier cube", "bands": channels,
@@ -273,6 +284,13 @@ def _models(
             )
         found[fold] = model
     return found
+
+
+def _members(storage: Storage, fold: int) -> pd.DataFrame:
+    """Members that the fold's calibration saw; those of a larger ensemble of before may still lie in the store."""
+    calibration = storage.read_table("calibration", fold=fold)[["member", "sha256"]]
+    members = storage.read_table("members", fold=fold)
+    return members.merge(calibration, on=["member", "sha256"]).sort_values("member")
 
 
 def _collection(

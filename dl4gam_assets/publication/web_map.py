@@ -86,7 +86,7 @@ def map_data(
         if glacier in anchors:
             item["e"] = anchors[glacier]
         if not any("o" in e for e in of_years.values()):
-            item["s"] = _rings(outlines[glacier, 0]["s"])
+            item["s"] = _rings(outlines.get((glacier, 0), {}).get("s", row.geometry))
         west, south, east, north = row.geometry.bounds
         item["b"] = [[round(south, 5), round(west, 5)], [round(north, 5), round(east, 5)]]
         out.append(item)
@@ -152,7 +152,6 @@ def _outlines(
 
     keys: list[tuple[str, int, str]] = []
     shapes: list[BaseGeometry] = []
-    mapped: set[str] = set()
     names = {"best": "o", "lower": "lo", "upper": "up"}
     for y in years:
         frame = storage.read_table("outlines", year=y)
@@ -160,15 +159,15 @@ def _outlines(
         frame = frame[wanted.to_numpy(dtype=bool)]
         keys += [(str(g), y, names[str(b)]) for g, b in zip(frame["glacier_id"], frame["bound"], strict=True)]
         shapes += list(frame.geometry)
-        mapped |= set(frame["glacier_id"].astype(str))
+    mapped = {g for g, _, name in keys if name == "o"}
     rest = glaciers[~glaciers["glacier_id"].isin(mapped)]
     keys += [(str(g), 0, "s") for g in rest["glacier_id"]]
     shapes += list(rest.geometry)
     raw = np.array(shapes, dtype=object)
     keep = np.ones(len(keys), dtype=bool)
-    simple = raw
+    simple, metres = raw, 0
     for metres in (2, 5, 10, 20, 40):
-        simple = shapely.simplify(raw, metres / _METRES_PER_DEGREE)
+        simple = shapely.simplify(raw, _degrees(metres))
         if shapely.get_num_coordinates(simple).sum() <= MOST_VERTICES:
             break
     else:
@@ -177,7 +176,16 @@ def _outlines(
     for (glacier, y, name), shape, kept in zip(keys, simple, keep, strict=True):
         if kept and shape is not None and not shape.is_empty:
             out.setdefault((glacier, y), {})[name] = shape
+    # Whose only outlines were left out with the middle years: the inventory's stands for them.
+    left = {g for (g, _), names_ in out.items() if not {"o", "s"}.isdisjoint(names_)}
+    lost = glaciers[~glaciers["glacier_id"].isin(left)]
+    for glacier, shape in zip(lost["glacier_id"], shapely.simplify(lost.geometry.to_numpy(), _degrees(metres))):
+        out.setdefault((str(glacier), 0), {})["s"] = shape
     return out
+
+
+def _degrees(metres: float) -> float:
+    return metres / _METRES_PER_DEGREE
 
 
 def _rings(shape: BaseGeometry) -> list[list[list[int]]]:

@@ -19,7 +19,13 @@ from dl4gam_assets.stages.base import (
     run_stage,
     year_fold_label,
 )
-from dl4gam_assets.stages.provenance import expect_calibrated, expect_map, write_lineage
+from dl4gam_assets.stages.provenance import (
+    expect_calibrated,
+    expect_chain,
+    expect_made_from_present,
+    expect_map,
+    write_lineage,
+)
 from dl4gam_assets.tables import INTERVAL_RULES, TABLES, rows_of
 
 if TYPE_CHECKING:
@@ -29,7 +35,7 @@ if TYPE_CHECKING:
 
 #: Raised when the columns or rules of areas, outlines and lineage change, so that tables of an older version are made
 #: again.
-_VERSION = 4
+_VERSION = 5
 
 
 def _shares_of(site: Site, glacier_id: str, cube: xr.Dataset) -> Shares:
@@ -82,6 +88,10 @@ def interval_taus(ws: Workspace, fold: int, *, force: bool = False) -> StageResu
     def work() -> tuple[str, dict[str, Any], dict[str, bytes]]:
         storage = ws.storage
         predictions = storage.read_table("predictions", year=baseline, fold=fold)
+        _assert_current(predictions, storage.read_table("cubes", year=baseline).set_index("glacier_id"))
+        expect_calibrated(ws, fold, predictions)
+        expect_made_from_present(ws, "glacier_predictions", year_fold_label(baseline, fold))
+        expect_made_from_present(ws, "calibration", label)
         calibration = storage.read_table("calibration", fold=fold)
         rule = TauRule.from_json(str(calibration["coefficients"].iloc[0]))
         features = pd.DataFrame(
@@ -195,6 +205,7 @@ def glacier_areas(ws: Workspace, year: int, fold: int, *, force: bool = False) -
         cubes = storage.read_table("cubes", year=year).set_index("glacier_id")
         mapped = _assert_current(predictions, cubes)
         expect_calibrated(ws, fold, mapped)
+        expect_chain(ws, year, fold)
         values, failures = ws.over_glaciers(
             "glacier_areas", label, area_of, [(g, (ws.site, year, fold, g)) for g in mapped["glacier_id"]]
         )

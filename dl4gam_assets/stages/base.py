@@ -84,7 +84,10 @@ def named_inputs(inputs: Mapping[str, Any]) -> NamedInputs:
         elif isinstance(value, list | tuple) and value:
             for i, item in enumerate(value):
                 named = _FILE.fullmatch(item) if isinstance(item, str) else None
-                walk(item, (*path, named[1] if named else str(i)))
+                name, n = named[1] if named else str(i), 2
+                while named and ".".join((*path, name)) in out.values:  # of another folder, under the same name
+                    name, n = f"{named[1]} ({n})", n + 1
+                walk(item, (*path, name))
         elif isinstance(value, str) and len(value) > 200:
             out.values[key] = "#" + fingerprint(value)
         else:
@@ -177,6 +180,7 @@ class Workspace:
     probe: bool = False  # only say whether partitions are unchanged; do no work
     force: bool = False  # make partitions even where nothing changed, and search and read anew
     unreachable: int = 0  # glaciers that failed because a server did not answer: worth another attempt
+    used_device: str = "cpu"  # what the stage at work computes on; recorded with its partition
 
     @property
     def site(self) -> Site:
@@ -216,6 +220,7 @@ class Workspace:
     ) -> None:
         """Record that a partition is complete. ``named``: what it was made from, by name, for people who ask later."""
         time_now, software = utc_now(), record_software(self.storage)
+        hardware, self.used_device = hardware_class(self.used_device), "cpu"
         if named is not None:
             self.storage.write_json(named_path(self.storage, asset, partition), {"input": inputs, **asdict(named)})
         self.storage.write_state(
@@ -231,7 +236,7 @@ class Workspace:
                 "code_version": code_version(),
                 "settings": record_settings(self.storage, self.region),
                 "software": software,
-                "hardware": hardware_class(),
+                "hardware": hardware,
                 **extra,
             },
         )
@@ -425,7 +430,7 @@ def utc_now() -> dt.datetime:
 
 @functools.cache
 def code_version() -> str:
-    """Version of the package, with the git commit when it runs from a checkout."""
+    """Version of the package; from a checkout with its commit, and ``.dirty`` where the code is not that of it."""
     import subprocess
 
     from dl4gam_assets import __version__
@@ -439,7 +444,10 @@ def code_version() -> str:
             check=False,
         )
         if found.returncode == 0:
-            return f"{__version__}+{found.stdout.strip()}"
+            changed = subprocess.run(
+                ["git", "-C", str(folder), "diff", "--quiet", "HEAD", "--", "dl4gam_assets"], check=False
+            )
+            return f"{__version__}+{found.stdout.strip()}{'.dirty' if changed.returncode == 1 else ''}"
     return __version__
 
 

@@ -8,6 +8,7 @@ import datetime as dt
 import functools
 import glob
 import hashlib
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -18,7 +19,7 @@ from typing import Any
 import pandas as pd
 
 from dl4gam_assets.compute import Done, Mapper
-from dl4gam_assets.settings import Region, StacApi, StacFolder, StacGeoparquet, fingerprint
+from dl4gam_assets.settings import Region, SceneFolder, StacApi, StacFolder, StacGeoparquet, fingerprint
 from dl4gam_assets.stages import published
 from dl4gam_assets.stages.base import (
     Site,
@@ -92,12 +93,18 @@ def catalog_of(site: Site, year: int, stamp: str = "") -> Any:
 
 
 def catalog_fingerprint(ws: Workspace, year: int) -> str:
-    """Identity of what a search in the catalog can find now."""
+    """Identity of what a search in the catalog can find now.
+
+    Of a catalog in files it is their names, and the content of those that are JSON: whether a scene is another file
+    than it was is followed file by file (``stages.files``), so that only the glaciers that it concerns are made again.
+    """
     catalog = ws.region.imagery.catalog
     if isinstance(catalog, StacFolder):
         if ws.region.simulation is not None:
             return ws.upstream("simulated_inputs")
-        return folder_fingerprint((ws.data_root / catalog.path).parent, "*.json")
+        folder = (ws.data_root / catalog.path).parent
+        documents = sorted(folder.rglob("*.json"))
+        return fingerprint([(f.relative_to(folder).as_posix(), sampled_hash(f)) for f in documents])
     if isinstance(catalog, StacApi):
         # The past does not change; a season that is not over may still get scenes.
         season_end = dt.date.fromisoformat(f"{year}-{ws.region.imagery.window[1]}") + dt.timedelta(days=30)
@@ -110,7 +117,17 @@ def catalog_fingerprint(ws: Workspace, year: int) -> str:
         pattern = str(ws.data_root / catalog.path)
         files = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
         return fingerprint([(f, Path(f).stat().st_size, Path(f).stat().st_mtime_ns) for f in files])
-    return folder_fingerprint(ws.data_root / catalog.path, "*.tif")
+    folder, of_scenes = ws.data_root / catalog.path, re.compile(catalog.pattern)
+    names = sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*.tif"))
+    return fingerprint([name for name in names if of_scenes.search(name)])
+
+
+def _opened_as(ws: Workspace, year: int) -> str:
+    """What a catalog that is kept open in a process is known by: opened again where a scene's ground may be another."""
+    catalog = ws.region.imagery.catalog
+    if isinstance(catalog, SceneFolder):
+        return folder_fingerprint(ws.data_root / catalog.path, "*.tif")
+    return catalog_fingerprint(ws, year)
 
 
 def search_items(ws: Workspace, year: int, glaciers: Any, stamp: str, again: bool = False) -> dict[str, Any]:
@@ -293,10 +310,11 @@ def scene_candidates(ws: Workspace, year: int, *, force: bool = False) -> StageR
         found_items: dict[str, Any] = {}
         if isinstance(ws.region.imagery.catalog, _SEARCHED):
             found_items = search_items(ws, year, glaciers, catalog, force)
+        opened = _opened_as(ws, year)
         start = time.perf_counter()
         mapper = _Reading(ws.mapper, lambda words: ws.logger.info(f"scene_candidates [{year}]: {words}"))
         values, failures = dataclasses.replace(ws, mapper=mapper).over_glaciers(
-            "scene_candidates", label, candidates_of, [(g, (ws.site, year, g, catalog, force)) for g in ids]
+            "scene_candidates", label, candidates_of, [(g, (ws.site, year, g, opened, force)) for g in ids]
         )
         seconds = max(time.perf_counter() - start, 1e-6)
         silent = [

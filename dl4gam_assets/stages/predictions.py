@@ -24,6 +24,7 @@ from dl4gam_assets.stages.base import (
     run_stage,
     year_fold_label,
 )
+from dl4gam_assets.stages.provenance import expect_calibrated, expect_made_from_present, expect_map
 from dl4gam_assets.stages.training import _threads, calibration_of, forest_path, logits_of
 from dl4gam_assets.tables import TABLES
 
@@ -124,7 +125,7 @@ def glacier_predictions(ws: Workspace, year: int, fold: int, *, force: bool = Fa
         tested = set(folds.loc[(folds["fold"] == fold) & (folds["role"] == "test"), "glacier_id"])
         cubes = storage.read_table("cubes", year=year)
         cubes = cubes[cubes["glacier_id"].isin(tested)]
-        device = choose_device(ws.device)
+        device = ws.used_device = choose_device(ws.device)
         tasks = []
         for cube in cubes.itertuples():
             wanted = fingerprint(
@@ -184,7 +185,7 @@ def evaluation_of(site: Site, fold: int, glacier_id: str, stamp: str) -> pd.Data
     """
     from dl4gam_assets.change import evaluate_glacier
     from dl4gam_assets.cubes import channel_stack, cube_mask, open_cube
-    from dl4gam_assets.ensemble import apply_baseline, fit_oracle, read_prediction
+    from dl4gam_assets.ensemble import apply_baseline, fit_oracle, read_prediction, read_prediction_tags
     from dl4gam_assets.ensemble.random_forest import METHOD
     from dl4gam_assets.inventory import outline_mask
 
@@ -193,6 +194,7 @@ def evaluation_of(site: Site, fold: int, glacier_id: str, stamp: str) -> pd.Data
     with storage.reading(storage.cube(year, glacier_id)) as local, open_cube(local) as opened:
         cube = opened.load()
     with storage.reading(storage.prediction(year, glacier_id)) as local:
+        expect_map(site, year, fold, glacier_id, read_prediction_tags(local))
         mean = read_prediction(local)["mean"]
     masks = {"ensemble": mean >= site.region.inference.threshold}
     if np.isnan(mean).any():
@@ -229,8 +231,13 @@ def evaluation(ws: Workspace, fold: int, *, force: bool = False) -> StageResult:
     def work() -> tuple[str, dict[str, Any], dict[str, bytes]]:
         from dl4gam_assets.change import class_scores, glacier_classes, pooled_scores
         from dl4gam_assets.change.evaluation import RECALL_ONLY
+        from dl4gam_assets.stages.areas import _assert_current
 
-        ids = ws.storage.read_table("predictions", year=baseline, fold=fold)["glacier_id"].tolist()
+        maps = ws.storage.read_table("predictions", year=baseline, fold=fold)
+        _assert_current(maps, ws.storage.read_table("cubes", year=baseline).set_index("glacier_id"))
+        expect_calibrated(ws, fold, maps)
+        expect_made_from_present(ws, "glacier_predictions", year_fold_label(baseline, fold))
+        ids = maps["glacier_id"].tolist()
         stamp = str(inputs["baseline"])
         tasks = [(g, (ws.site, fold, g, stamp)) for g in ids]
         values, failures = ws.over_glaciers("evaluation", label, evaluation_of, tasks)

@@ -43,7 +43,7 @@ def outlines_map(glaciers: Any, column: str | None = None, title: str = "") -> b
         glaciers.plot(ax=axes, column=column, categorical=True, legend=True, cmap="tab10", edgecolor="k", linewidth=0.3)
     middle = np.deg2rad(float(np.mean(glaciers.total_bounds[[1, 3]])))
     axes.set_aspect(1 / max(np.cos(middle), 0.05))
-    axes.set_title(title, fontsize=9)
+    axes.set_title(title, fontsize=9, parse_math=False)
     axes.tick_params(labelsize=7)
     return _png(figure, 48)
 
@@ -93,7 +93,7 @@ def curves(frame: pd.DataFrame, x: str, ys: Sequence[str], title: str = "") -> b
         axes.set_xlabel(x.replace("_", " "), fontsize=7)
         axes.tick_params(labelsize=6)
         axes.grid(alpha=0.3)
-    figure.suptitle(title, fontsize=8)
+    figure.suptitle(title, fontsize=8, parse_math=False)
     return _png(figure, 24)
 
 
@@ -116,7 +116,7 @@ def reliability(before: pd.DataFrame, after: pd.DataFrame, title: str = "") -> b
     axes.set_ylabel("observed share of glacier", fontsize=7)
     axes.tick_params(labelsize=6)
     axes.legend(fontsize=7)
-    axes.set_title(title, fontsize=8)
+    axes.set_title(title, fontsize=8, parse_math=False)
     return _png(figure, 24)
 
 
@@ -131,5 +131,5 @@ def area_series(frame: pd.DataFrame, title: str = "") -> bytes:
     axes.set_ylabel("area (km2)", fontsize=7)
     axes.tick_params(labelsize=6)
     axes.grid(alpha=0.3)
-    axes.set_title(title, fontsize=8)
+    axes.set_title(title, fontsize=8, parse_math=False)
     return _png(figure, 24)

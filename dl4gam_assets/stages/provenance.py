@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,11 +33,11 @@ from dl4gam_assets.stages.base import (
     utc_now,
     year_fold_label,
 )
-from dl4gam_assets.storage import safe_name
+from dl4gam_assets.storage import Storage, safe_name
 from dl4gam_assets.tables import TABLES
 
 if TYPE_CHECKING:
-    from dl4gam_assets.terrain import Tile
+    from dl4gam_assets.terrain import Tile, TileIndex
 
 _SOURCE_COLUMNS = [c.name for c in TABLES["lineage_sources"].columns if c.name not in {"year", "fold"}]
 
@@ -68,26 +69,28 @@ def write_lineage(
     """
     storage, region, terrain = ws.storage, ws.region, ws.region.terrain
     index = pd.Index(ids, name="glacier_id", dtype=object)
-    scenes = storage.read_table("scenes", year=year)
-    scenes = scenes[scenes["selected"].astype(bool)].set_index("glacier_id").reindex(index)
+    scenes = _images_of(storage.read_table("scenes", year=year), cubes.reindex(index))
     static = storage.read_table("elevations").set_index("glacier_id")["fingerprint"].reindex(index)
     dhdt = storage.read_table("elevation_changes", year=year).set_index("glacier_id").reindex(index)
-    members = storage.read_table("members", fold=fold).sort_values("member")
-    calibrated = storage.read_table("calibration", fold=fold)["member"]
-    members = members[members["member"].isin(calibrated)]
+    members = calibrated_members(storage, fold)
     keys, tiles = terrain_of(ws.site, year, ids)
     made = [m for m in (_materialization(ws, asset, label) for asset, label in chain_of(year, fold)) if m is not None]
     by_asset = {m.asset: m for m in made}
+    labels = [fold_member_label(fold, int(m)) for m in members["member"]]
+    trained = [m for m in (_materialization(ws, "ensemble_member", label) for label in labels) if m is not None]
     own = year_fold_label(year, fold)
+    settings, versions = record_settings(storage, region), record_software(storage)
     last = Materialization(
         asset="glacier_areas", partition=own, output="", run_id=ws.run_id,
         materialization_id=materialization_id("glacier_areas", own, ws.run_id) if ws.run_id else None,
-        code_version=code_version(), time=utc_now(),
+        code_version=code_version(), settings_fingerprint=settings, software_fingerprint=versions,
+        hardware=hardware_class(), time=utc_now(),
     )  # fmt: skip
     runs = {asset: by_asset[asset].run_id for asset in ("glacier_cubes", "calibration", "glacier_predictions")
             if asset in by_asset} | {"glacier_areas": ws.run_id}  # fmt: skip
-    settings, versions = record_settings(storage, region), record_software(storage)
     start = dhdt["period_start"]
+    dem = terrain.dem_source or ", ".join(terrain.dem) or None
+    with_dem = {g for g, key in keys.items() if key and any(row["kind"] == "elevation" for _, _, row in tiles[key])}
     imported = published.cubes_import(storage, year) is not None
     source = "layer of the published cube, by the settings" if imported else terrain.elevation_change_source or "dh/dt"
     words = [
@@ -103,9 +106,7 @@ def write_lineage(
             "static_fingerprint": static.to_numpy(),
             "dhdt_fingerprint": dhdt["fingerprint"].to_numpy(),
             "terrain_key": [keys.get(g) for g in ids],
-            "dem_source": "layers of the published cube"
-            if imported
-            else terrain.dem_source or ", ".join(terrain.dem) or None,
+            "dem_source": "layers of the published cube" if imported else [dem if g in with_dem else None for g in ids],
             "dhdt_source": words,
             "member_sha256": predictions["member_sha256"].reindex(index).to_numpy(),
             "calibration_fingerprint": str(ws.upstream("calibration", fold_label(fold))),
@@ -130,6 +131,10 @@ def write_lineage(
             {"scope": "terrain", "scope_key": key, "asset": asset, "partition": label, **row}
             for asset, label, row in tiles[key]
         ]
+    for line in rows:  # files have the run and time of the partition that read them
+        of = by_asset.get(str(line.get("asset")))
+        if of is not None and line["scope"] != "all":
+            line |= of.model_dump(exclude={"output", "asset", "partition"})
     sources = pd.DataFrame(rows, columns=_SOURCE_COLUMNS).drop_duplicates(["scope", "scope_key", "kind", "name"])
     storage.write_table("lineage_sources", sources, {"year": year, "fold": fold})
     kinds = sources["kind"].value_counts()
@@ -139,8 +144,27 @@ def write_lineage(
         terrain_tiles=int(kinds.reindex(["elevation", "elevation change"]).fillna(0).sum()),
         weights=members["sha256"].tolist(), calibration=str(ws.upstream("calibration", fold_label(fold))),
         settings=settings, software=versions, hardware=hardware_class(), code_version=code_version(),
-        lineage=frame_fingerprint(frame, ["time", "run_ids"]), made_from=made,
+        lineage=frame_fingerprint(frame, ["time", "run_ids"]), made_from=[*made, *trained],
     )  # fmt: skip
+
+
+def _images_of(scenes: pd.DataFrame, cubes: pd.DataFrame) -> pd.DataFrame:
+    """The rows of ``scenes`` of the images that are in the cubes, in the order of ``cubes`` (by glacier id)."""
+    ids = pd.Index(cubes.index, name="glacier_id", dtype=object)
+    keys = pd.MultiIndex.from_arrays([ids, cubes["scene_ids"].astype(object)], names=["glacier_id", "scene_ids"])
+    known = scenes.astype({"glacier_id": object, "scene_ids": object}).set_index(["glacier_id", "scene_ids"])
+    known = known[~known.index.duplicated()]
+    return known.reindex(keys).reset_index("scene_ids")
+
+
+def calibrated_members(storage: Storage, fold: int) -> pd.DataFrame:
+    """Rows of ``members`` that the fold's calibration saw, with their temperature: by number and hash of the weights.
+
+    Members that a larger ensemble of before left in the store are not among them.
+    """
+    calibration = storage.read_table("calibration", fold=fold)[["member", "sha256", "temperature"]]
+    members = storage.read_table("members", fold=fold)
+    return members.merge(calibration, on=["member", "sha256"]).sort_values("member", ignore_index=True)
 
 
 def _materialization(ws: Workspace, asset: str, partition: str) -> Materialization | None:
@@ -149,7 +173,9 @@ def _materialization(ws: Workspace, asset: str, partition: str) -> Materializati
         return None
     return Materialization(
         asset=asset, partition=partition, output=str(state["output"]), run_id=state.get("run_id"),
-        materialization_id=state.get("materialization_id"), code_version=state.get("code_version"), time=state["time"],
+        materialization_id=state.get("materialization_id"), code_version=state.get("code_version"),
+        settings_fingerprint=state.get("settings"), software_fingerprint=state.get("software"),
+        hardware=state.get("hardware"), time=state["time"],
     )  # fmt: skip
 
 
@@ -277,6 +303,41 @@ def terrain_layers(site: Site, year: int) -> list[tuple[str, str, str, tuple[str
     return out
 
 
+def tiles_before(ws: Workspace, asset: str, *numbers: int) -> list[TileIndex | None]:
+    """The indices of tiles that ``elevation``, or ``elevation_change`` of a year, was made from; None: it had none."""
+    from dl4gam_assets.terrain import TileIndex
+
+    year = numbers[0] if numbers else ws.region.years.baseline
+    layers = [parts for _, of, _, parts in terrain_layers(ws.site, year) if of == asset]
+    files = [ws.storage.path(*parts) for parts in layers]
+    return [TileIndex.from_json(f.read_text(encoding="utf-8")) if f.exists() else None for f in files]
+
+
+def tiles_now(ws: Workspace, asset: str, *numbers: int) -> list[TileIndex | None]:
+    """The same indices as the settings and files of now give them, in the same order."""
+    from dl4gam_assets.stages import terrain as stage
+    from dl4gam_assets.terrain import match_period, period_tiles
+
+    terrain = ws.region.terrain
+    if asset == "elevation":
+        named = (
+            ("terrain.dem", terrain.dem, terrain.has_dem),
+            ("terrain.velocity", terrain.velocity, terrain.velocity),
+        )
+        return [stage._find(sources, ws, setting) for setting, sources, there in named if there]
+    period = match_period(terrain.elevation_change, numbers[0], terrain.elevation_change_match)
+    if period is None:
+        return []
+    errors = [period_tiles(period, ws.data_root, error_layer=True)] if period.error_path is not None else []
+    return [period_tiles(period, ws.data_root), *errors]
+
+
+def tiles_near(site: Site, glacier_id: str, indices: Sequence[TileIndex | None]) -> list[list[str]]:
+    """Identities of the tiles of each index that touch a glacier's grid, in the order of mosaicking."""
+    grid = _grid(site, glacier_id)
+    return [[] if index is None else [t.identity or t.href for t in index.touching(grid)] for index in indices]
+
+
 def terrain_of(
     site: Site, year: int, ids: Iterable[str]
 ) -> tuple[dict[str, str | None], dict[str, list[tuple[str, str, dict[str, Any]]]]]:
@@ -297,11 +358,20 @@ def terrain_of(
             for kind, asset, label, parts, stamp in layers
             for tile in _touching(site, glacier_id, parts, stamp)
         ]  # fmt: skip
+        _tell_apart(found)
         key = fingerprint(found) if found else None
         keys[glacier_id] = key
         if key is not None:
             sets.setdefault(key, found)
     return keys, sets
+
+
+def _tell_apart(found: Sequence[tuple[str, str, dict[str, Any]]]) -> None:
+    """Tiles of different folders that have one file name are named by their address."""
+    counts = Counter((row["kind"], row["name"]) for _, _, row in found)
+    for _, _, row in found:
+        if counts[row["kind"], row["name"]] > 1:
+            row["name"] = row["address"]
 
 
 @functools.lru_cache(maxsize=8)
@@ -342,7 +412,7 @@ def expect_calibrated(ws: Workspace, fold: int, predictions: pd.DataFrame) -> No
     Raises
     ------
     UpstreamError
-        if maps were made with other weights than the calibration of the fold now holds, or taus are of another one.
+        if maps were made with other weights than the calibration of the fold now holds.
     """
     hashes = ",".join(ws.storage.read_table("calibration", fold=fold).sort_values("member")["sha256"])
     wrong = predictions.loc[predictions["member_sha256"] != hashes, "glacier_id"]
@@ -351,7 +421,20 @@ def expect_calibrated(ws: Workspace, fold: int, predictions: pd.DataFrame) -> No
             f"{len(wrong)} maps were made with other weights than the calibration of fold {fold} saw "
             f"({', '.join(map(str, wrong.head(5)))}): materialize glacier_predictions of this partition first"
         )
-    expect_made_from_present(ws, "interval_taus", fold_label(fold))
+
+
+def expect_chain(ws: Workspace, year: int, fold: int) -> None:
+    """Every partition behind the estimates of a year and fold must be made from what the others are now.
+
+    So that the lineage, which names what lies in the store, names what was used.
+
+    Raises
+    ------
+    UpstreamError
+        naming the first partition that was made before one that it reads.
+    """
+    for asset, label in chain_of(year, fold):
+        expect_made_from_present(ws, asset, label)
 
 
 def expect_made_from_present(ws: Workspace, asset: str, partition: str = "all") -> None:

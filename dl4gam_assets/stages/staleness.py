@@ -20,17 +20,22 @@ Partitions with failed glaciers are tried again by the next run, which makes not
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
+from upath import UPath
 
+from dl4gam_assets.lineage.environment import settings_difference, software
+from dl4gam_assets.settings import SettingsError
 from dl4gam_assets.stages.base import (
     NamedInputs,
     StageResult,
     UpstreamError,
     Workspace,
+    code_version,
     fold_label,
     fold_member_label,
     read_named,
@@ -80,13 +85,18 @@ class Staleness:
     ``partitions``: DataFrame (asset, partition, own, n_glaciers): partitions that are stale, ``own`` by themselves or
     because of what they read. ``estimates``: DataFrame (glacier_id, year, fold, state, reasons) with the state
     ``stale`` or ``may change``. ``gone``: files that results were made from and that are not there any more, which
-    makes nothing stale. ``checked``: partitions that were looked at.
+    makes nothing stale. ``lost``: cubes and maps of the store that tables name and that are not there, or have another
+    size: the next run does not find out, so it has to be asked to make them again. ``other_programs``: what was made by
+    another version of the code or of a package than runs now, which makes nothing stale either. ``checked``: partitions
+    that were looked at.
     """
 
     causes: list[Cause] = field(default_factory=list)
     partitions: pd.DataFrame = field(default_factory=pd.DataFrame)
     estimates: pd.DataFrame = field(default_factory=pd.DataFrame)
     gone: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    other_programs: list[str] = field(default_factory=list)
     checked: int = 0
 
     @property
@@ -143,9 +153,52 @@ def find_stale(ws: Workspace) -> Staleness:
                 lost = [f for f in changed_files(ws, asset, label, sampled_hash, gone=True) if f.gone]
                 out.gone += [f.path for f in lost]
     out.gone = sorted(set(out.gone))
+    out.lost = _lost(ws)
+    out.other_programs = _other_programs(ws)
     out.partitions = graph.stale_partitions()
     out.estimates = graph.stale_estimates()
     return out
+
+
+def _lost(ws: Workspace) -> list[str]:
+    """Cubes and maps that their tables name, and that are gone, empty or (cubes) of another size."""
+    out = []
+    cubes, maps = ws.storage.read_table("cubes"), ws.storage.read_table("predictions")
+    files: list[tuple[UPath, int | None]] = [
+        (ws.storage.cube(int(r.year), str(r.glacier_id)), int(r.size_bytes)) for r in cubes.itertuples()
+    ]
+    files += [(ws.storage.prediction(int(r.year), str(r.glacier_id)), None) for r in maps.itertuples()]
+    for path, size in files:
+        try:
+            now = path.stat().st_size
+        except FileNotFoundError:
+            out.append(f"{path} is gone")
+            continue
+        if now == 0 or (size is not None and now != size):
+            out.append(f"{path} is damaged: {now} bytes" + ("" if size is None else f" instead of {size}"))
+    return sorted(out)
+
+
+def _other_programs(ws: Workspace) -> list[str]:
+    """Lines that say how many partitions were made by other code or packages than run now."""
+    versions, packages = Counter[str](), Counter[str]()
+    for asset in ORDER:
+        for label, _ in partitions_of(ws, asset):
+            state = ws.storage.read_state(asset, label)
+            if state is not None:
+                versions[str(state.get("code_version"))] += 1
+                packages[str(state.get("software"))] += 1
+    here, now = code_version(), software()
+    out = [f"{n} partitions were made by dl4gam_assets {v}; this is {here}" for v, n in versions.items() if v != here]
+    for key, n in packages.items():
+        rows = ws.storage.read_table("software", fingerprint=key)
+        then = dict(zip(rows["package"], rows["version"], strict=True))
+        changed = settings_difference(then, now) if then else {}
+        if changed:
+            shown = ", ".join(f"{name} {old} (now {new})" for name, (old, new) in list(changed.items())[:_LIMIT])
+            more = f" and {len(changed) - _LIMIT} more" if len(changed) > _LIMIT else ""
+            out.append(f"{n} partitions were made with other packages: {shown}{more}")
+    return sorted(out)
 
 
 # --------------------------------------------------------------------------------------------- one partition
@@ -156,7 +209,7 @@ def _cause(
     before = read_named(ws.storage, asset, label, state["input"])
     try:
         now = probe(ws, asset, numbers)
-    except (UpstreamError, OSError) as error:
+    except (UpstreamError, OSError, SettingsError) as error:
         concerned = graph.reach(asset, numbers, certain=False)
         return Cause(asset, label, (f"can not be made again now: {error}",), *concerned), before
     if now.input == state["input"]:
@@ -211,21 +264,9 @@ def _concerned(
         return NONE, NONE
     everything = graph.reach(asset, numbers)[0]
     if asset == "scene_candidates":
-        if keys or before is None:  # another search, other scores
-            return NONE, everything
-        year = numbers[0]
-        items = {
-            item
-            for file in changed_files(ws, asset, label, sampled_hash)
-            for item in file.labels
-        }  # fmt: skip
-        candidates = ws.storage.read_table("candidates", year=year)
-        touched = candidates[[not items.isdisjoint(str(s).split("+")) for s in candidates["scene_ids"]]]
-        scenes = ws.storage.read_table("scenes", year=year)
-        used = scenes[scenes["selected"].astype(bool)]
-        used = used[[not items.isdisjoint(str(s).split("+")) for s in used["scene_ids"]]]
-        certain = frozenset(used["glacier_id"])
-        return certain, frozenset(touched["glacier_id"]) - certain
+        certain, touched = _of_files(ws, label, numbers[0])
+        # Another search or other scores: any glacier may get another image. Files are followed one by one even then.
+        return certain, (everything if keys or before is None else touched) - certain
     if asset == "selected_scenes" and keys and not any(k.startswith("candidates") for k in keys):
         return _other_choice(ws, numbers[0]), NONE
     if asset in {"elevation", "elevation_change"} and not keys and now.changed:  # of published cubes, by glacier
@@ -236,6 +277,20 @@ def _concerned(
         if found is not None:
             return found, NONE
     return everything, NONE
+
+
+def _of_files(ws: Workspace, label: str, year: int) -> tuple[Ids, Ids]:
+    """Glaciers whose image has a file that is another one now, and those for which it is only a candidate."""
+    items = {item for file in changed_files(ws, "scene_candidates", label, sampled_hash) for item in file.labels}
+    if not items:
+        return NONE, NONE
+
+    def holding(table: pd.DataFrame) -> Ids:
+        return frozenset(table.loc[[not items.isdisjoint(str(s).split("+")) for s in table["scene_ids"]], "glacier_id"])
+
+    scenes = ws.storage.read_table("scenes", year=year)
+    certain = holding(scenes[scenes["selected"].astype(bool)])
+    return certain, holding(ws.storage.read_table("candidates", year=year)) - certain
 
 
 def _other_choice(ws: Workspace, year: int) -> Ids:
@@ -258,19 +313,17 @@ def _other_choice(ws: Workspace, year: int) -> Ids:
 
 
 def _of_tiles(ws: Workspace, graph: _Graph, asset: str, keys: Sequence[str], numbers: tuple[int, ...]) -> Ids | None:
-    """Glaciers whose grid touches a tile that is another one; None where something else changed too."""
-    from dl4gam_assets.stages.provenance import terrain_of
+    """Glaciers whose grid touches other tiles now than when they were read: replaced, added or removed ones.
+
+    None where something else changed too, or tiles are found by a search (``terrain.dem_catalog``).
+    """
+    from dl4gam_assets.stages.provenance import tiles_before, tiles_near, tiles_now
 
     heads = {"dem", "velocity"} if asset == "elevation" else {"files"}
-    if any(k.split(".")[0] not in heads for k in keys):
+    if any(k.split(".")[0] not in heads for k in keys) or (asset == "elevation" and ws.region.terrain.dem_catalog):
         return None
-    names = {".".join(k.split(".")[2:]) for k in keys}
-    year = numbers[0] if numbers else ws.region.years.baseline
-    of_glacier, tiles = terrain_of(ws.site, year, sorted(graph.universe))
-    touched = {key for key, rows in tiles.items() if any(row["name"] in names for _, _, row in rows)}
-    if not any(row["name"] in names for rows in tiles.values() for _, _, row in rows):
-        return None  # a tile that is new: which glaciers it touches is known when it was read
-    return frozenset(g for g, key in of_glacier.items() if key in touched)
+    before, now = (find(ws, asset, *numbers) for find in (tiles_before, tiles_now))
+    return frozenset(g for g in graph.universe if tiles_near(ws.site, g, before) != tiles_near(ws.site, g, now))
 
 
 # --------------------------------------------------------------------------------------------- along the graph

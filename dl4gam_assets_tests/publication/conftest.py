@@ -14,12 +14,13 @@ from rasterio.transform import from_origin
 
 from dl4gam_assets.change import area_changes, regional_changes
 from dl4gam_assets.change.evaluation import scores
+from dl4gam_assets.lineage.environment import record_settings, record_software
 from dl4gam_assets.settings import Region, parse_region
 from dl4gam_assets.storage import Storage
 
 YEARS = (2015, 2019, 2023)
 NOTE = "Held-out glaciers lie in the same mountains as the training glaciers."
-STRANGE_NAME = "Großer <b>Ferner</b> & 'Kees'"
+STRANGE_NAME = "Großer <b>Ferner</b> & 'Kees' $^2_$"
 
 
 @pytest.fixture(scope="session")
@@ -99,6 +100,7 @@ def fill(storage: Storage, region: Region) -> Storage:
                 part[["glacier_id"]].assign(fingerprint="f", cube_fingerprint="c", member_sha256="a,b"),
                 {"year": year, "fold": f},
             )
+            _lineage(storage, region, part, year, f)
         shapes = {
             b: squares(np.sqrt(np.clip(shrink * s, 0, None)))
             for b, s in (("best", 1), ("lower", 0.96), ("upper", 1.04))
@@ -134,6 +136,27 @@ def fill(storage: Storage, region: Region) -> Storage:
     )  # fmt: skip
     _evaluation(storage, [g for g, m in zip(ids, modelled) if m])
     return storage
+
+
+def _lineage(storage: Storage, region: Region, areas: pd.DataFrame, year: int, fold: int) -> None:
+    """Rows of lineage of some areas, and one partition behind them."""
+    settings, software = record_settings(storage, region), record_software(storage)
+    made = pd.Timestamp("2024-01-01")
+    rows = areas[["glacier_id", "image_date", "tau"]].assign(
+        scene_ids=f"S2A_{year}", cube_fingerprint="c", static_fingerprint="s", member_sha256="a,b",
+        calibration_fingerprint="k", prediction_fingerprint="f", settings_fingerprint=settings,
+        software_fingerprint=software, code_version="0.1.0", time=made,
+    )  # fmt: skip
+    storage.write_table("lineage", rows, {"year": year, "fold": fold})
+    sources = pd.DataFrame(
+        [
+            {"scope": "all", "kind": "materialization", "name": f"{asset} [{label}]", "asset": asset,
+             "partition": label, "scope_key": "", "run_id": "run", "time": made, "settings_fingerprint": settings}
+            for asset, label in (("glacier_cubes", str(year)), ("elevation", "all"),
+                                 ("glacier_predictions", f"{year}.fold_{fold}"))
+        ]
+    )  # fmt: skip
+    storage.write_table("lineage_sources", sources, {"year": year, "fold": fold})
 
 
 def _map(storage: Storage, year: int, glacier: str, x: float, y: float, side: float, shrink: float) -> None:

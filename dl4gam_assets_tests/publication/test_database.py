@@ -5,16 +5,19 @@ import shutil
 from pathlib import Path
 
 import duckdb
+import geopandas as gpd
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import shapely
 
 from dl4gam_assets.publication import build_database, query_database
-from dl4gam_assets.publication.database import VIEWS
-from dl4gam_assets.publication.schema import comment_of, with_page
+from dl4gam_assets.publication.schema import TYPES, comment_of, unit_of, with_page
+from dl4gam_assets.publication.views import REGION_COLUMNS, VIEWS
 from dl4gam_assets.settings import Region
 from dl4gam_assets.storage import Storage
-from dl4gam_assets.tables import TABLES
+from dl4gam_assets.tables import TABLES, TableError
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +79,47 @@ def test_views_answer_the_first_questions(database: Path) -> None:
     countries = query_database(database, "select distinct country from changes_by_country")
     assert set(countries["country"]) == {"AT", "CH"}
     info = query_database(database, "select distinct table_name, rows from tables_info").set_index("table_name")["rows"]
-    assert info["areas"] == 29 and set(info.index) == set(TABLES)
+    assert info["areas"] == 29 and set(info.index) == {*TABLES, *VIEWS, "region"}
     row = query_database(database, "select name, settings->>'$.years.baseline' b, simulated from region").iloc[0]
     assert row.tolist() == ["squares", "2015", True]
-    comments = query_database(database, "select view_name, comment from duckdb_views() where not internal")
-    assert dict(zip(comments["view_name"], comments["comment"])) == {k: v[0] for k, v in VIEWS.items()}
+    comments = query_database(
+        database,
+        "select view_name n, comment from duckdb_views() where not internal "
+        "union all select table_name, comment from duckdb_tables() where table_name = 'largest_losses'",
+    )
+    assert dict(zip(comments["n"], comments["comment"])) == {k: v.meaning for k, v in VIEWS.items()}
+
+
+@pytest.mark.parametrize("name", sorted(VIEWS))
+def test_every_column_of_a_view_is_told_with_its_type_unit_and_meaning(name: str, database: Path) -> None:
+    columns = query_database(
+        database, f"select column_name, data_type, comment from duckdb_columns() where table_name = '{name}'"
+    )
+    declared = VIEWS[name].columns
+    assert columns["column_name"].tolist() == [c.name for c in declared]
+    assert columns["data_type"].tolist() == [TYPES[c.dtype] for c in declared]
+    assert columns["comment"].tolist() == [comment_of(c) for c in declared]
+    info = query_database(database, f"from tables_info where table_name = '{name}' order by position")
+    assert info[["column_name", "unit", "meaning"]].to_numpy().tolist() == [
+        [c.name, unit_of(c), c.meaning] for c in declared
+    ]
+    assert set(info["kind"]) == {"view"} and info["rows"].isna().all()
+
+
+def test_the_region_is_told_too(database: Path) -> None:
+    info = query_database(database, "select column_name, type, meaning from tables_info where table_name = 'region'")
+    assert list(map(tuple, info.to_numpy())) == list(REGION_COLUMNS)
+
+
+def test_inputs_of_a_glacier_itself_have_address_run_and_time(database: Path) -> None:
+    rows = query_database(
+        database, "from lineage_inputs where glacier_id = 'G05/a' and year = 2019 and kind <> 'materialization'"
+    ).set_index("kind")
+    assert rows["address"].to_dict() == {
+        "glacier cube": "cubes/year=2019/G05%2Fa.nc", "static layers": "static/G05%2Fa.nc",
+        "prediction": "predictions/year=2019/G05%2Fa.tif",
+    }  # fmt: skip
+    assert rows[["run_id", "time", "settings_fingerprint"]].notna().all(axis=None)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +236,7 @@ def test_a_remote_store_gives_the_same_database(store: Storage, region: Region, 
 
     memory = fsspec.filesystem("memory")
     root = Path(str(store.root))
-    for table in ("glaciers", "areas", "changes", "regional_changes", "failures"):
+    for table in ("glaciers", "areas", "changes", "regional_changes", "failures", "lineage", "settings", "software"):
         for file in (root / "tables" / table).rglob("part.parquet"):
             memory.pipe(f"/remote/{file.relative_to(root).as_posix()}", file.read_bytes())
     try:
@@ -225,6 +264,8 @@ def test_a_remote_store_gives_the_same_database(store: Storage, region: Region, 
         ({"recall": 1.2}, r"1 rows break '0 <= recall <= 1': glacier_id .*, year 2019"),
         ({"area_km2": -1.0, "lower_km2": -2.0}, r"break '0 <= area_km2': glacier_id"),
         ({"image_date": pd.NaT}, r"1 rows break 'image_date is not empty'"),
+        ({"upper_km2": float("nan")}, r"1 rows break 'upper_km2 is a finite number'"),
+        ({"std_km2": float("inf")}, r"1 rows break 'std_km2 is a finite number'"),
     ],
 )
 def test_rows_that_break_a_rule_are_named_and_the_former_database_stays(
@@ -239,11 +280,47 @@ def test_rows_that_break_a_rule_are_named_and_the_former_database_stays(
     frame = pd.read_parquet(file, partitioning=None)
     for column, value in change.items():
         frame.loc[frame.index[0], column] = value
-    frame.to_parquet(file)  # behind the platform's back
+    if frame.notna().loc[frame.index[0], list(change)].all() or change.keys() == {"image_date"}:
+        frame.to_parquet(file)  # behind the platform's back
+    else:  # pandas writes nan as null
+        columns = {n: pa.array(v.to_numpy() if v.dtype == float else v, from_pandas=v.dtype != float)
+                   for n, v in frame.items()}  # fmt: skip
+        pq.write_table(pa.table(columns), file)
     with pytest.raises(ValueError, match=words):
         build_database(copy, region, path)
     assert path.read_bytes() == before
     assert not [f for f in Path(str(copy.root)).iterdir() if "spill" in f.name or f.suffix == ".wal"]
+
+
+def test_a_word_that_the_schema_does_not_know_is_not_published(store: Storage, region: Region, tmp_path: Path) -> None:
+    copy = Storage(tmp_path / "store")
+    shutil.copytree(str(store.root), str(copy.root))
+    file = Path(str(copy.table("outlines", {"year": 2019})))
+    gpd.read_parquet(file).assign(bound="nonsense").drop_duplicates("glacier_id").to_parquet(file)
+    with pytest.raises(ValueError, match="rows break 'bound is one of best, lower, upper'"):
+        build_database(copy, region, copy.path("results.duckdb"))
+    with pytest.raises(TableError, match="'bound' is none of best, lower, upper"):
+        copy.read_table("outlines", year=2019)
+
+
+@pytest.mark.parametrize(
+    ("table", "lost", "words"),
+    [
+        ("lineage", {"year": 2019, "fold": 1}, r"table areas is not published: .* none in table lineage \(.*2019"),
+        ("areas", {"year": 2019, "fold": 2}, r"table lineage is not published: .* none in table areas"),
+        ("settings", None, r"table lineage is not published: .* none in table settings"),
+        ("software", None, r"table lineage is not published: .* none in table software"),
+    ],
+)
+def test_no_estimate_is_published_without_its_lineage(
+    table: str, lost: dict[str, object] | None, words: str, store: Storage, region: Region, tmp_path: Path
+) -> None:
+    copy = Storage(tmp_path / "store")
+    shutil.copytree(str(store.root), str(copy.root))
+    for partition in [lost] if lost else copy.partitions(table):
+        copy.table(table, partition).unlink()
+    with pytest.raises(ValueError, match=words):
+        build_database(copy, region, copy.path("results.duckdb"))
 
 
 def test_tables_that_are_left_out_are_there_and_empty(store: Storage, region: Region, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sqlite3
 from pathlib import Path
 
@@ -19,9 +20,9 @@ import yaml
 from referencing import Registry, Resource
 
 from dl4gam_assets.publication.export import ExportError, export_year
-from dl4gam_assets.publication.stac import _MODEL, _PROCESSING, _PROJECTION, _RASTER, _SCIENTIFIC
+from dl4gam_assets.publication.stac import _MODEL, _PROCESSING, _PROJECTION, _RASTER, _SCIENTIFIC, write_stac
 from dl4gam_assets.settings import PublicationSettings
-from dl4gam_assets_tests.small_region import Small
+from dl4gam_assets_tests.small_region import Small, leave_a_member
 
 SCHEMAS = Path(__file__).parent / "schemas"
 EXTENSIONS = {
@@ -41,7 +42,7 @@ def exported(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _registry() -> Registry[object]:
     """The extensions' schemas and those they refer to, all from files."""
     named = {}
-    for file in SCHEMAS.glob("*.json"):
+    for file in SCHEMAS.glob("*-v*.json"):
         schema = json.loads(file.read_text())
         named[schema["$id"].rstrip("#")] = Resource.from_contents(schema)
         if "projjson" in file.name:
@@ -97,6 +98,15 @@ def test_outlines_are_valid_geoparquet_and_a_styled_geopackage(exported: Path, s
     assert set(column["geometry_types"]) <= {"Polygon", "MultiPolygon"} and column["covering"]["bbox"]["xmin"]
     outlines = gpd.read_parquet(file)
     assert outlines.geometry.is_valid.all()
+    validator = pytest.importorskip("geoparquet_validator", reason="pip install geoparquet-validator for this test")
+    report = validator.check(str(file))
+    assert report["version"] == "1.1.0" and not validator.failed(report), validator.failed(report)
+    assert {o["status"] for o in report["outcomes"] if o["id"].startswith("/conf/covering/")} == {"pass"}
+    broken = exported.parent / "broken.parquet"
+    del column["encoding"]
+    table = pyarrow.parquet.read_table(file)
+    pyarrow.parquet.write_table(table.replace_schema_metadata({b"geo": json.dumps(geo)}), broken)
+    assert "/conf/core/column-metadata" in validator.failed(validator.check(str(broken)))
     package = next((exported / "outlines").glob("*.gpkg"))
     layers = dict(pyogrio.list_layers(package))
     assert {"best", "lower", "upper", "inventory"} <= set(layers)
@@ -138,8 +148,13 @@ def test_cubes_follow_the_cf_conventions(exported: Path) -> None:
     assert not high, high
 
 
+def _cff_validator() -> jsonschema.Draft7Validator:
+    return jsonschema.Draft7Validator(json.loads((SCHEMAS / "cff-v1.2.0.json").read_text()))
+
+
 def test_citation_licence_and_checksums(exported: Path) -> None:
     cff = yaml.safe_load((exported / "CITATION.cff").read_text())
+    _cff_validator().validate(cff)
     assert cff["cff-version"] == "1.2.0" and cff["type"] == "dataset" and cff["authors"] and "simulated" in cff["title"]
     assert "Creative Commons" in (exported / "LICENSE.txt").read_text()
     deposit = json.loads((exported / ".zenodo.json").read_text())
@@ -151,6 +166,52 @@ def test_citation_licence_and_checksums(exported: Path) -> None:
     for name, digest in listed.items():
         assert hashlib.sha256((exported / name).read_bytes()).hexdigest() == digest
     assert len(pd.read_csv(exported / "tables" / "areas.csv")) > 0
+
+
+def test_the_readme_names_what_there_is_and_no_more(exported: Path, small: Small, tmp_path: Path) -> None:
+    def named(folder: Path) -> list[str]:
+        rows = re.findall(r"^\| `([^`]+)` \|", (folder / "README.md").read_text(), re.MULTILINE)
+        return [name.strip() for row in rows for name in row.split(",")]
+
+    assert {"models/", "cubes/*.nc"} <= set(named(exported))
+    slim = tmp_path / "slim"
+    export_year(small.storage, small.region, 2017, slim, weights=False)
+    assert not {"models/", "cubes/*.nc"} & set(named(slim))
+    for folder in (exported, slim):
+        assert all(any(folder.glob(name.rstrip("/"))) for name in named(folder)), named(folder)
+    aim = f"hold the true area in {small.region.calibration.coverage:.0%} of all cases"
+    assert aim in (exported / "README.md").read_text()
+
+
+def test_an_export_into_the_folder_one_stands_in(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = small.cli("export", ".", "--year", "2017", "--no-weights")
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "SHA256SUMS").is_file() and (tmp_path / "outlines").is_dir()
+
+
+def test_members_of_a_larger_ensemble_of_before_are_not_handed_on(small: Small, tmp_path: Path) -> None:
+    copy = small.copy(tmp_path / "home")
+    leave_a_member(copy)
+    export_year(copy.storage, copy.region, 2017, tmp_path / "out")
+    weights = sorted(f.relative_to(tmp_path / "out").as_posix() for f in (tmp_path / "out").rglob("model.safetensors"))
+    assert weights == [f"models/fold={f}/member={m:02d}/model.safetensors" for f in (1, 2) for m in (1, 2)]
+    for file in (tmp_path / "out" / "stac" / "models").glob("*.json"):
+        model = json.loads(file.read_text())
+        assert sorted(model["assets"]) == ["member_01", "member_02"]
+        assert model["properties"]["mlm:hyperparameters"]["members"] == 2
+
+
+def test_models_are_described_as_they_were_trained(small: Small, tmp_path: Path) -> None:
+    """Settings of now, which would train another network, do not change what is told of this one."""
+    copy = small.copy(tmp_path / "home")
+    copy.change(training__epochs=99, training__patch_px=128, model__encoder="resnet18")
+    folder = tmp_path / "stac"
+    write_stac(copy.storage, copy.region, 2017, folder)
+    model = json.loads((folder / "models" / "fold_1.json").read_text())["properties"]
+    assert model["mlm:input"][0]["input"]["shape"][-2:] == [64, 64]
+    told = model["mlm:hyperparameters"]
+    assert (told["epochs"], told["encoder"]) == (16, small.region.model.encoder) and told["precision"]
 
 
 def test_authors_are_people_or_organizations(small: Small, tmp_path: Path) -> None:
@@ -165,6 +226,9 @@ def test_authors_are_people_or_organizations(small: Small, tmp_path: Path) -> No
     )
     region = small.region.model_copy(update={"publication": settings})
     cff = yaml.safe_load(citation_cff(region, 2017))
+    _cff_validator().validate(cff)
+    with pytest.raises(jsonschema.ValidationError, match="orcid"):
+        _cff_validator().validate(cff | {"authors": [{"orcid": "0000-0002-1825-0097"}]})
     assert [a.get("family-names", a.get("name")) for a in cff["authors"]] == ["Muster", "Survey of X"]
     assert cff["doi"] == "10.5281/zenodo.1" and zenodo(region, 2017)["creators"][0]["name"] == "Muster, Ada"
     with pytest.raises(ValueError, match=r"`family` \(a person\) or `name`"):

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -104,6 +105,29 @@ def test_many_vertices_are_simplified_and_middle_years_left_out(
     assert all("o" in by_id["G10"]["y"][y] for y in ("2015", "2023"))
 
 
+def test_a_glacier_whose_only_outline_is_of_a_middle_year_keeps_its_inventory_outline(
+    store: Storage, region: Region, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over the limit of vertices middle years are left out, and a glacier may have an upper outline only."""
+    copy = Storage(tmp_path / "store")
+    shutil.copytree(str(store.root), str(copy.root))
+    for year in (2015, 2019, 2023):
+        outlines = copy.read_table("outlines", year=year)
+        gone = ((outlines["glacier_id"] == "G10") & (year != 2019)) | (
+            (outlines["glacier_id"] == "G11") & (outlines["bound"] != "upper")
+        )
+        copy.write_table("outlines", outlines[~gone].drop(columns="year"), {"year": year})
+    monkeypatch.setattr(web_map, "MOST_VERTICES", 20)
+    data = web_map.map_data(copy, copy.read_table("glaciers"), (2015, 2019, 2023), 2015, 2023, ["G11"], {})
+    by_id = {g["i"]: g for g in data["glaciers"]}
+    truth = copy.read_table("glaciers").set_index("glacier_id").geometry
+    for glacier in ("G10", "G11"):
+        (ring,) = by_id[glacier]["s"][0]
+        shape = shapely.Polygon(np.cumsum(np.array(ring).reshape(-1, 2), axis=0) * 1e-5)
+        assert shape.symmetric_difference(truth[glacier]).area < 0.02 * truth[glacier].area
+    assert "up" in by_id["G11"]["y"]["2023"] and "s" not in by_id["G09"]
+
+
 def test_pictures_have_alternatives_and_are_drawn(html: str) -> None:
     images = [a for t, a in Page(html).tags if t == "img"]
     assert len(images) == 4
@@ -134,6 +158,21 @@ def test_cautions_stand_where_quality_is_told_and_simulated_is_named(html: str) 
     assert text.count("simulated") >= 4 and "no figure on this page speaks of a real glacier" in text
     assert "Copernicus" not in text  # simulated imagery is nobody's data
     assert text.index("ensemble", quality) < text.index("band_ratio (baseline)")
+
+
+def test_quality_coverage_and_exclusions_lead_to_where_they_come_from(html: str) -> None:
+    tags = Page(html).tags
+    links = [a["href"] for t, a in tags if t == "a"]
+    assert {"#from-totals", "#from-quality", "#from-exclusions"} <= set(links)
+    assert {"from-totals", "from-quality", "from-exclusions"} <= {a.get("id") for _, a in tags}
+
+
+def test_boxes_that_scroll_are_named_for_who_can_not_see_them(html: str) -> None:
+    boxes = [a for _, a in Page(html).tags if a.get("tabindex") == "0"]
+    assert len(boxes) >= 10
+    assert all(a.get("role") == "region" and len(a.get("aria-label") or "") > 5 for a in boxes)
+    labels = [a["aria-label"] for a in boxes]
+    assert len(set(labels)) == len(labels)
 
 
 def test_text_from_data_is_escaped(html: str) -> None:

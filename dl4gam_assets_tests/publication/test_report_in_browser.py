@@ -70,3 +70,29 @@ def test_the_map_is_drawn_in_a_browser(report: tuple[Path, Storage], tmp_path: P
         and len(re.findall("<img[^>]*leaflet-image-layer", dom)) == estimates
     )
     assert dom.count("<option") == 1 + len(data["closely"])
+
+
+#: Widths of a phone and of a desk, in pixels.
+WIDTHS = (390, 1280)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome on this machine")
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_page_is_not_wider_than_the_window(width: int, report: tuple[Path, Storage], tmp_path: Path) -> None:
+    """Wide tables and pictures scroll in boxes of their own. A frame of that width measures, so that no smallest size
+    of a window matters; its script is outside of the page, whose policy allows none."""
+    frame = tmp_path / "frame.html"
+    frame.write_text(
+        f'<iframe id="page" src="{report[0].as_uri()}" style="width:{width}px;height:900px;border:0"></iframe>'
+        "<script>document.getElementById('page').onload = (e) => { const d = e.target.contentDocument.documentElement;"
+        " document.title = `${d.clientWidth} ${d.scrollWidth}`; };</script>"
+    )
+    command = [
+        str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--allow-file-access-from-files",
+        f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,1000", "--virtual-time-budget=8000",
+        "--dump-dom", frame.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
+    found = re.search(r"<title>(\d+) (\d+)</title>", done.stdout)
+    assert found is not None, done.stdout[:500]
+    assert int(found[2]) <= int(found[1]) <= width
