@@ -41,6 +41,22 @@ from upath import UPath
 from dl4gam_assets.tables import TABLES
 
 _TEMPORARY = ".tmp-"
+#: What object stores call an object's version, hash or time.
+_VERSIONS = (
+    "ETag",
+    "etag",
+    "md5Hash",
+    "content_md5",
+    "generation",
+    "VersionId",
+    "LastModified",
+    "last_modified",
+    "mtime",
+    "updated",
+    "created",
+)
+#: What is written beside results, whatever becomes of them.
+_NO_RESULTS = ("state/", "tables/failures/", "tables/settings/", "tables/software/", "store.json")
 
 #: Layout and schemas of a store. Raised when older code could misread what newer code writes; a step from the former
 #: number then goes into MIGRATIONS. Columns that are added and may be missing need no new number.
@@ -86,6 +102,7 @@ class Storage:
 
     def __init__(self, root: str | os.PathLike[str] | UPath):
         self.root = UPath(root)
+        self.written = 0  # results that were put in place through this object: neither states nor failures
 
     def __repr__(self) -> str:
         return f"Storage({str(self.root)!r})"
@@ -176,6 +193,7 @@ class Storage:
                 with open(temporary, "rb") as handle:
                     os.fsync(handle.fileno())
                 os.replace(temporary, final)
+                self._count(target)
             finally:
                 temporary.unlink(missing_ok=True)
         else:
@@ -184,6 +202,11 @@ class Storage:
                 yield temporary
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.fs.put_file(str(temporary), target.path)
+                self._count(target)
+
+    def _count(self, target: UPath) -> None:
+        inside = str(target)[len(str(self.root)) :].lstrip("/\\").replace("\\", "/")
+        self.written += not inside.startswith(_NO_RESULTS)
 
     @contextlib.contextmanager
     def reading(self, path: UPath | os.PathLike[str]) -> Iterator[Path]:
@@ -282,6 +305,28 @@ class Storage:
             return table.empty()
         joined = pd.concat([f for f in frames if len(f)] or frames[:1], ignore_index=True)
         return table.conform(joined)
+
+    def table_stamps(self, name: str, **where: object) -> tuple[tuple[object, ...], ...] | None:
+        """What tells the present files of the partitions that match ``where`` from all earlier and later ones: path,
+        size, time in nanoseconds and inode, or what an object store says of its versions. None where that says nothing.
+        """
+        stamps: list[tuple[object, ...]] = []
+        if not self.is_local:  # the answer of an earlier listing is of no use
+            self.root.fs.invalidate_cache()
+        for partition in self.partitions(name):
+            if not all(_matches(partition.get(key, ""), value) for key, value in where.items()):
+                continue
+            path = self.table(name, partition)
+            if self.is_local:
+                stat = Path(str(path)).stat()
+                stamps.append((str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino))
+                continue
+            told = path.fs.info(path.path)
+            version = [str(told[key]) for key in _VERSIONS if told.get(key) is not None]
+            if not version:
+                return None
+            stamps.append((str(path), told.get("size"), *version))
+        return tuple(stamps)
 
     def _read_part(self, name: str, partition: Mapping[str, object]) -> pd.DataFrame:
         with self.reading(self.table(name, partition)) as local:

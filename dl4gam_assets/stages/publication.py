@@ -6,16 +6,18 @@ from typing import Any
 
 from dl4gam_assets.stages.base import (
     StageResult,
+    Upstream,
     Workspace,
     fold_label,
     frame_fingerprint,
+    is_unfinished,
     run_stage,
     utc_now,
     year_fold_label,
 )
 
 
-def _states(ws: Workspace, *assets: str) -> dict[str, str]:
+def _states(ws: Workspace, *assets: str) -> dict[str, Upstream]:
     """Output fingerprints of all partitions of some assets that there are."""
     found = {}
     for asset in assets:
@@ -23,7 +25,9 @@ def _states(ws: Workspace, *assets: str) -> dict[str, str]:
         for file in sorted(folder.glob("*.json"), key=str) if folder.exists() else []:
             state = ws.storage.read_json(file)
             if state:
-                found[f"{asset}/{file.name}"] = str(state["output"])
+                found[f"{asset}/{file.name}"] = Upstream(
+                    str(state["output"]), asset, file.name.removesuffix(".json"), unfinished=is_unfinished(state)
+                )
     return found
 
 
@@ -43,7 +47,7 @@ def results_database(ws: Workspace, *, force: bool = False) -> StageResult:
         }
         return f"{utc_now().isoformat()}", metadata, {}
 
-    inputs = _states(
+    inputs: dict[str, Any] = _states(
         ws, "inventory_outlines", "selected_scenes", "glacier_cubes", "evaluation", "glacier_areas", "glacier_outlines",
         "area_change", "regional_change", "area_trends", "calibration",
     ) | {"leave_out": ",".join(sorted(ws.region.publication.leave_out))}  # fmt: skip

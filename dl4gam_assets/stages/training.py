@@ -65,13 +65,13 @@ def _fold_cubes(ws: Workspace, fold: int, *roles: str) -> Upstream:
     """The cubes of a fold's glaciers in these roles: another image for a glacier that the fold only tests, or does not
     know, makes nothing of the fold stale."""
     baseline = str(ws.region.years.baseline)
-    ws.upstream("glacier_cubes", baseline)
+    whole = ws.upstream("glacier_cubes", baseline)
     cubes = cached_table(ws.site, "cubes", year=ws.region.years.baseline)
     folds = cached_table(ws.site, "folds")
     wanted = folds.loc[(folds["fold"] == fold) & folds["role"].isin(roles), "glacier_id"]
     mine = cubes[cubes["glacier_id"].isin(set(wanted))].sort_values("glacier_id")
     content = fingerprint([[str(g), str(f)] for g, f in zip(mine["glacier_id"], mine["fingerprint"], strict=True)])
-    return Upstream(content, "glacier_cubes", baseline, whole=False)
+    return Upstream(content, "glacier_cubes", baseline, whole=False, unfinished=whole.unfinished)
 
 
 def _stacks(site: Site, ids: list[str], year: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -416,8 +416,7 @@ def _leave_out(ws: Workspace, fold: int, member: int, wanted: str, reason: str) 
         ws.storage.table("members", {"fold": fold, "member": member}),
         *(ws.storage.model(fold, member) / name for name in ("model.json", "model.safetensors", "history.parquet")),
     ):
-        if path.exists():
-            path.unlink()
+        path.unlink(missing_ok=True)
     metadata = {"left_out": reason}
     ws.finish("ensemble_member", label, wanted, "left out", 0.0, metadata=metadata, failed=1)
     return StageResult(label, metadata)
