@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -370,6 +370,25 @@ def expect_made_from_present(ws: Workspace, asset: str, partition: str = "all") 
             raise UpstreamError(
                 f"{asset} [{partition}] was made before the present {upstream} [{label}]: materialize {asset} first"
             )
+
+
+def expect_cube(site: Site, year: int, glacier_id: str, attributes: Mapping[Any, Any]) -> None:
+    """A cube must be the one that the table ``cubes`` speaks of.
+
+    Raises
+    ------
+    UpstreamError
+        if its content is another: a run with other settings was stopped while it made cubes.
+    """
+    from dl4gam_assets.stages.base import cached_table
+
+    rows = cached_table(site, "cubes", year=year)
+    row = rows[rows["glacier_id"] == glacier_id]
+    if not len(row) or attributes.get("fingerprint") != row["fingerprint"].iloc[0]:
+        raise UpstreamError(
+            f"the cube {site.storage.cube(year, glacier_id).name} of {year} is not the one that the table cubes names: "
+            "materialize glacier_cubes of this year again"
+        )
 
 
 def expect_map(site: Site, year: int, fold: int, glacier_id: str, tags: dict[str, str]) -> None:
