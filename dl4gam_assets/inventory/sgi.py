@@ -27,6 +27,8 @@ import pandas as pd
 import shapely
 from shapely.geometry.base import BaseGeometry
 
+from dl4gam_assets.inventory.vector import read_vector
+
 log = logging.getLogger("dl4gam_assets")
 
 #: Swiss LV95, the CRS of all SGI files; metres, equal-area enough for areas (scale error below 1e-4 in
@@ -470,11 +472,11 @@ def write_swiss_inventory(folder: Path, out: Path) -> dict[str, Any]:
         naming the raw file that is missing.
     """
     _check_files(folder)
-    former = gpd.read_file(folder / FORMER) if (folder / FORMER).is_file() else None
+    former = read_vector(folder / FORMER) if (folder / FORMER).is_file() else None
     glaciers = split_ice_bodies(
-        gpd.read_file(folder / BODIES),
-        gpd.read_file(folder / DIVIDES),
-        gpd.read_file(folder / LOCATIONS),
+        read_vector(folder / BODIES),
+        read_vector(folder / DIVIDES),
+        read_vector(folder / LOCATIONS),
         pd.read_csv(folder / ATTRIBUTES),
         former,
     )
