@@ -17,7 +17,7 @@ import pandas as pd
 
 from dl4gam_assets.lineage.environment import hardware_class, record_settings, record_software, software
 from dl4gam_assets.lineage.records import Materialization, PartitionRecord
-from dl4gam_assets.settings import fingerprint
+from dl4gam_assets.settings import fingerprint, without_secrets
 from dl4gam_assets.stages import published
 from dl4gam_assets.stages.base import (
     Site,
@@ -289,8 +289,8 @@ def terrain_of(
     sets: dict[str, list[tuple[str, str, dict[str, Any]]]] = {}
     for glacier_id in ids:
         found = [
-            (asset, label, {"kind": kind, "name": Path(tile.href).name, "address": _below(root, tile.href),
-                            "checksum": tile.identity or None})
+            (asset, label, {"kind": kind, "name": Path(without_secrets(tile.href)).name,
+                            "address": _below(root, without_secrets(tile.href)), "checksum": tile.identity or None})
             for kind, asset, label, parts, stamp in layers
             for tile in _touching(site, glacier_id, parts, stamp)
         ]  # fmt: skip
