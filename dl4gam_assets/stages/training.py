@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import logging
 import math
 import time
 import zlib
@@ -35,6 +36,8 @@ from dl4gam_assets.stages.base import (
     run_stage,
 )
 from dl4gam_assets.stages.files import changed_files, full_hash, record_files
+
+log = logging.getLogger("dl4gam_assets")
 
 #: Roles of glaciers in a fold, as people say them.
 ROLE_NAMES = {"train": "training", "valid": "validation", "test": "test"}
@@ -196,7 +199,35 @@ def work_folder(site: Site, fold: int, member: int, packed: Path) -> Path:
 def train_one(
     site: Site, fold: int, member: int, packed: str, device: str, threads: int, wanted: str
 ) -> dict[str, Any]:
-    """Train one member and store it; goes on from its last epoch after a crash. Runs in a worker process."""
+    """Train one member and store it; goes on from its last epoch after a crash. Runs in a worker process.
+
+    Of several runs that want the same member one trains it while the others wait: they share its folder of states.
+    """
+    with _alone(work_folder(site, fold, member, Path(packed)), fold_member_label(fold, member)):
+        return _train_alone(site, fold, member, packed, device, threads, wanted)
+
+
+@contextlib.contextmanager
+def _alone(work: Path, label: str) -> Iterator[None]:
+    """Hold the lock of a member's work folder; it is free as soon as its holder's process is gone, however it ended."""
+    from filelock import FileLock, Timeout
+
+    work.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{work}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info(f"ensemble_member [{label}]: another run trains it; waiting until it is done")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _train_alone(
+    site: Site, fold: int, member: int, packed: str, device: str, threads: int, wanted: str
+) -> dict[str, Any]:
     import shutil
 
     from dl4gam_assets.segmentation import PackedCubes, save_member, train_member
