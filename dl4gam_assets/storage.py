@@ -24,12 +24,15 @@ Layout below the root of a region::
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
+import platform
 import re
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -185,7 +188,7 @@ class Storage:
         if self.is_local:
             final = Path(str(target))
             final.parent.mkdir(parents=True, exist_ok=True)
-            temporary = final.with_name(f"{_TEMPORARY}{secrets.token_hex(6)}-{final.stem[:80]}{suffix}")
+            temporary = final.with_name(f"{temporary_mark()}{secrets.token_hex(6)}-{final.stem[:80]}{suffix}")
             try:
                 yield temporary
                 if suffix == ".tif":
@@ -243,17 +246,23 @@ class Storage:
             raise DamagedFileError(f"{path} is damaged ({error}): remove it and materialize its asset again") from error
 
     def remove_stale(self, folder: str = "", older_than_s: float = 86_400.0) -> int:
-        """Remove temporary files that a killed run left below ``folder``; returns how many."""
+        """Remove temporary files that killed runs left below ``folder``; returns how many.
+
+        Those of processes of this machine go when the process is gone, whatever their age; those of other machines, or
+        without a mark, when they are older than ``older_than_s``.
+        """
         if not self.is_local:
             return 0
-        import time
-
         removed = 0
-        for path in Path(str(self.path(folder) if folder else self.root)).rglob(f"{_TEMPORARY}*"):
-            with contextlib.suppress(FileNotFoundError):
-                if time.time() - path.stat().st_mtime > older_than_s:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-                    removed += 1
+        for top, folders, files in os.walk(str(self.path(folder) if folder else self.root)):
+            found = [name for name in (*folders, *files) if name.startswith(_TEMPORARY)]
+            folders[:] = [name for name in folders if not name.startswith(_TEMPORARY)]
+            for path in (Path(top, name) for name in found):
+                with contextlib.suppress(OSError):  # another run is cleaning too, or it is not ours to remove
+                    old = time.time() - path.stat().st_mtime > older_than_s
+                    if _is_orphan(path) or (old and not _is_alive_here(path)):
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+                        removed += 1
         return removed
 
     # ------------------------------------------------------------------ tables
@@ -345,6 +354,43 @@ class Storage:
 
     def write_state(self, asset: str, partition: str, state: Mapping[str, Any]) -> None:
         self.write_json(self.state_path(asset, partition), dict(state))
+
+
+@functools.cache
+def _machine() -> str:
+    """Name of this machine and of its numbering of processes: containers may share a name and a disk, not that."""
+    space = Path("/proc/self/ns/pid")
+    number = space.stat().st_ino if space.exists() else 0
+    return f"{re.sub('[^A-Za-z0-9.]', '_', platform.node())[:40]}_{number}"
+
+
+def temporary_mark() -> str:
+    """Beginning of the names of this process's temporary files: ``.tmp-<machine>-<process>-``."""
+    return f"{_TEMPORARY}{_machine()}-{os.getpid()}-"
+
+
+def _process_of(path: Path) -> int | None:
+    """The process of this machine that a temporary file belongs to; None if it is another's, or says nothing."""
+    machine, _, rest = path.name.removeprefix(_TEMPORARY).partition("-")
+    number = rest.partition("-")[0]
+    return int(number) if machine == _machine() and number.isdigit() else None
+
+
+def _is_alive_here(path: Path) -> bool:
+    import psutil
+
+    number = _process_of(path)
+    if number is None:
+        return False
+    try:  # a later process may have the number now
+        return bool(psutil.Process(number).create_time() <= path.stat().st_mtime + 5)
+    except psutil.Error:
+        return False
+
+
+def _is_orphan(path: Path) -> bool:
+    """Whether a temporary file belongs to a process of this machine that is gone."""
+    return _process_of(path) is not None and not _is_alive_here(path)
 
 
 def _assert_whole(file: Path, final: Path) -> None:

@@ -24,6 +24,7 @@ import numpy as np
 from dl4gam_assets.compute import Mapper
 from dl4gam_assets.cubes import channel_stack, cube_mask, open_cube
 from dl4gam_assets.cubes.files import SCALED
+from dl4gam_assets.storage import temporary_mark
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -179,7 +180,7 @@ def pack_cubes(
     """
     if not cubes:
         raise ValueError("there are no cubes to train on")
-    temporary = folder.with_name(f".tmp-{os.getpid()}-{folder.name}")
+    temporary = folder.with_name(f"{temporary_mark()}{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     entries: dict[str, dict[str, int]] = {}
