@@ -493,7 +493,9 @@ def read_items(path: Path) -> SceneCatalog:
     try:
         with open(path, encoding="utf-8") as file:
             items = [pystac.Item.from_dict(json.loads(line), preserve_dict=False) for line in file if line.strip()]
-    except (OSError, ValueError, KeyError) as error:
+        for item in items:
+            _assert_usable(item)
+    except Exception as error:  # pystac's and shapely's own errors for nonsense where an item should be
         raise CatalogError(
             f"item index {path} can not be read ({_words(error)}): delete it and search again"
         ) from error
