@@ -7,13 +7,14 @@ that need it, so that ``dl4gam query`` answers at once.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import json
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -108,8 +109,7 @@ def new(
 
     It says how many glaciers it understood and which outlines it must leave out, before any image is read.
     """
-    import pyogrio
-
+    from dl4gam_assets.inventory.vector import vector_info
     from dl4gam_assets.settings import InventoryColumns, InventorySettings
     from dl4gam_assets.starter import guess_columns, starter_region, summarize_inventory
 
@@ -123,7 +123,7 @@ def new(
 
             names = pyarrow.parquet.read_schema(inventory).names
         else:
-            names = list(pyogrio.read_info(inventory, layer=layer)["fields"])
+            names = list(vector_info(inventory, layer=layer)["fields"])
     except Exception as error:
         raise _stop(_escape(f"{inventory} can not be read as vector data: {error}")) from error
     columns = guess_columns(names)
@@ -344,7 +344,8 @@ def query(
     if output is Output.parquet:
         if file is None:
             raise _stop("--output parquet needs --file")
-        frame.to_parquet(file, index=False)
+        with _writing(file) as temporary:
+            frame.to_parquet(temporary, index=False)
     elif output is Output.csv:
         _emit(frame.to_csv(index=False), file)
     elif output is Output.json:
@@ -375,7 +376,19 @@ def _emit(text: str, file: Path | None) -> None:
     if file is None:
         sys.stdout.write(text)
     else:
-        file.write_text(text, encoding="utf-8")
+        with _writing(file) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _writing(file: Path) -> Iterator[Path]:
+    """Where to write a file that a user named: beside its place, which it takes when it is whole. Pipes as they are."""
+    if file.exists() and not file.is_file():
+        yield file
+        return
+    place = file.resolve()
+    with Storage(place.parent).writing(place) as temporary:
+        yield temporary
 
 
 @app.command()
@@ -502,7 +515,7 @@ def diff(
         frame = pd.DataFrame(found.estimates)
         if len(frame):
             frame["reasons"] = frame["reasons"].map("; ".join)
-        frame.to_csv(file, index=False)
+        _emit(frame.to_csv(index=False), file)
     if as_json:
         sys.stdout.write(found.model_dump_json(indent=1) + "\n")
     else:
@@ -603,8 +616,8 @@ def plate(
             target: Any = stored_plate(site, year, glacier, limit=limit, colours=colours.value)
         else:  # the store may be somebody else's, and not writable
             target, picture = output, draw(site, year, glacier, limit=limit, colours=colours.value)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(picture)
+            with _writing(output) as temporary:
+                temporary.write_bytes(picture)
     except (UpstreamError, CatalogError) as error:
         raise _stop(_escape(str(error))) from error
     console.print(f"{target}", highlight=False, soft_wrap=True)
@@ -683,7 +696,7 @@ def _print_stale(settings: Region, storage: Storage, file: Path | None) -> None:
     except UpstreamError as error:
         raise _stop(_escape(str(error))) from error
     if file is not None:
-        found.estimates.to_csv(file, index=False)
+        _emit(found.estimates.to_csv(index=False), file)
     for name in found.gone[:5]:
         console.print(f"file is gone: {name} (nothing is stale by that)", highlight=False, markup=False, soft_wrap=True)
     if len(found.gone) > 5:
@@ -869,7 +882,7 @@ def validate(
         _print_intervals(tables["intervals"])
         _save_plot(plots, "intervals", validation_plots.intervals_plot(tables["intervals"]))
     if file is not None:
-        pd.concat([t.assign(table=name) for name, t in tables.items()]).to_csv(file, index=False)
+        _emit(pd.concat([t.assign(table=name) for name, t in tables.items()]).to_csv(index=False), file)
 
 
 def _save_plot(folder: Path | None, name: str, figure: Any) -> None:
@@ -946,7 +959,7 @@ def coverage(
         name = f"coverage_{settings.name}_{judge.split()[0]}"
         _save_plot(plots, name, validation_plots.coverage_plot(table, f"{settings.name}: judged by {judge}"))
     if file is not None:
-        pd.concat([t.assign(judge=name) for name, t in tables.items()]).to_csv(file, index=False)
+        _emit(pd.concat([t.assign(judge=name) for name, t in tables.items()]).to_csv(index=False), file)
 
 
 # ---------------------------------------------------------------------------------------------------------- published
@@ -1157,12 +1170,12 @@ def compare_published(
     quality = map_quality(evaluation)
     sums = {str(settings.years.baseline): area_quality(baseline), str(year): area_quality(areas)}
     if file is not None and file.suffix == ".csv":
-        rates.to_csv(file, index=False)
+        _emit(rates.to_csv(index=False), file)
     elif file is not None:
         file.mkdir(parents=True, exist_ok=True)
-        evaluation[evaluation["role"] == "test"].to_csv(file / "maps.csv", index=False)
-        pd.concat([baseline, areas]).to_csv(file / "areas.csv", index=False)
-        rates.to_csv(file / "rates.csv", index=False)
+        _emit(evaluation[evaluation["role"] == "test"].to_csv(index=False), file / "maps.csv")
+        _emit(pd.concat([baseline, areas]).to_csv(index=False), file / "areas.csv")
+        _emit(rates.to_csv(index=False), file / "rates.csv")
     other = not_as_published(settings.areas)
     if as_json:
         shown = {

@@ -8,6 +8,7 @@ Does not belong here: Dagster, and what a task does.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import multiprocessing.util
 import os
@@ -94,7 +95,7 @@ class Mapper:
 
         When a worker process dies, or a task finds no memory, its tasks are tried once more at the end, one at a time
         and with all the memory for themselves: the one that kills its worker again is the one to blame, and the others
-        lose nothing.
+        lose nothing. In one process they are tried once more when the others are done and their memory is given back.
         """
         todo = list(tasks)
         start = last = time.monotonic()
@@ -107,7 +108,15 @@ class Mapper:
 
     def _run(self, function: Callable[..., Any], todo: list[tuple[str, Sequence[Any]]]) -> Iterator[Done]:
         if self.scheduler is None and (self.workers * self.threads == 1 or len(todo) <= 1):
+            again = []
             for key, arguments in todo:
+                first = attempt(key, function, arguments)
+                if _out_of_memory(first):
+                    again.append((key, arguments))
+                else:
+                    yield first
+            for key, arguments in again:
+                gc.collect()
                 yield attempt(key, function, arguments)
             return
         client = self._client()

@@ -146,6 +146,8 @@ def materialize(
     outcome = Outcome()
     workspace = Workspace(region, storage)
     logging.getLogger("dagster").setLevel(logging.ERROR)
+    if removed := storage.remove_stale():
+        say(f"{removed} temporary files of killed runs removed")
     with instance(storage) as opened:
         for run_id in give_up_lost_runs(opened):
             say(f"run {run_id[:8]} was killed: recorded as failed; what it made is kept")

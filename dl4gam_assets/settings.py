@@ -17,11 +17,11 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
-from urllib.parse import urlsplit
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+from urllib.parse import unquote, urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -52,8 +52,63 @@ class SettingsError(ValueError):
     """A region file that can not be used. The message lists each key, the reason and the nearest valid key."""
 
 
+# --------------------------------------------------------------------------------------------- secrets in addresses
+#: Names of query parameters that are passwords, keys, tokens or signatures.
+_SECRET_KEY = re.compile(
+    r"(^|[-_.])(sig|key|auth|pwd|pass|jwt|sas)$|signature|token|secret|passw|credential|api[-_.]?key|access[-_]?(key|id)"
+    r"|subscription|session|authorization",
+    re.IGNORECASE,
+)
+_QUERY = re.compile(r"[?#][^\s'\"<>()]*")
+_USER = re.compile(r"(?<=//)[^/@\s'\"]+@")
+
+
+def secrets_in(text: str) -> list[str]:
+    """What a text (an address, or one with addresses in it) holds that is nobody else's business, by name.
+
+    ``name or password`` before the host, and the names of query parameters such as ``api_key``, ``sig`` or
+    ``X-Amz-Signature``; empty where there is none.
+    """
+    found = ["name or password"] if _USER.search(text) else []
+    for query in _QUERY.findall(text):
+        names = (unquote(part.partition("=")[0]) for part in re.split(r"[?&;#]", query) if "=" in part)
+        found += [name for name in names if _SECRET_KEY.search(name)]
+    return list(dict.fromkeys(found))
+
+
+def without_secrets(text: str) -> str:
+    """A text without the names and passwords in its addresses, and without each query that holds a secret."""
+    return _USER.sub("", _QUERY.sub(lambda query: "" if secrets_in(query[0]) else query[0], text))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in a value of a setting but those of models in it, which look at their own."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from (*_texts(key), *_texts(item))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
+
+
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    # Errors of pydantic show what was given, which may be a password.
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, hide_input_in_errors=True)
+
+    @model_validator(mode="after")
+    def _no_secrets(self) -> Self:
+        for name in type(self).model_fields:
+            for text in _texts(getattr(self, name)):
+                found = secrets_in(text) if "//" in text or "/vsi" in text else []
+                if found:
+                    raise ValueError(
+                        f"the address in {name} holds a {found[0]}, and settings are recorded with every result: leave "
+                        "it out and give it by the environment (~/.netrc for a name and password, AWS_* or another "
+                        "variable of GDAL for files, see docs/catalogs.md)"
+                    )
+        return self
 
 
 # --------------------------------------------------------------------------------------------- inventory
@@ -144,15 +199,9 @@ class StacApi(_Strict):
 
     @field_validator("url")
     @classmethod
-    def _no_secret(cls, url: str) -> str:
-        parts = urlsplit(url)
-        if parts.scheme not in {"http", "https"}:
-            raise ValueError(f"{url!r} is no address of a STAC API (https://...)")
-        if parts.username or parts.password:
-            raise ValueError(
-                "the address holds a name or a password, and settings are recorded with every result: put them into "
-                "~/.netrc"
-            )
+    def _is_of_the_web(cls, url: str) -> str:
+        if urlsplit(url).scheme not in {"http", "https"}:
+            raise ValueError(f"{without_secrets(url)!r} is no address of a STAC API (https://...)")
         return url
 
 
@@ -1010,7 +1059,7 @@ def _explain(error: Any) -> str:
     if error["type"] == "missing":
         return f"{key}: required, but absent"
     given = error.get("input")
-    shown = "" if isinstance(given, dict) else " (given: " + re.sub(r"//[^/@\s]+@", "//***@", repr(given)[:300]) + ")"
+    shown = "" if isinstance(given, dict) else " (given: " + without_secrets(repr(given)[:300]) + ")"
     return f"{key}: {error['msg'].removeprefix('Value error, ')}{shown}"
 
 

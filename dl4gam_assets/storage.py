@@ -27,10 +27,12 @@ import contextlib
 import functools
 import json
 import os
+import platform
 import re
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,22 @@ from upath import UPath
 from dl4gam_assets.tables import TABLES
 
 _TEMPORARY = ".tmp-"
+#: What object stores call an object's version, hash or time.
+_VERSIONS = (
+    "ETag",
+    "etag",
+    "md5Hash",
+    "content_md5",
+    "generation",
+    "VersionId",
+    "LastModified",
+    "last_modified",
+    "mtime",
+    "updated",
+    "created",
+)
+#: What is written beside results, whatever becomes of them.
+_NO_RESULTS = ("state/", "tables/failures/", "tables/settings/", "tables/software/", "store.json")
 
 #: Layout and schemas of a store. Raised when older code could misread what newer code writes; a step from the former
 #: number then goes into MIGRATIONS. Columns that are added and may be missing need no new number.
@@ -87,6 +105,7 @@ class Storage:
 
     def __init__(self, root: str | os.PathLike[str] | UPath):
         self.root = UPath(root)
+        self.written = 0  # results that were put in place through this object: neither states nor failures
 
     def __repr__(self) -> str:
         return f"Storage({str(self.root)!r})"
@@ -169,7 +188,7 @@ class Storage:
         if self.is_local:
             final = Path(str(target))
             final.parent.mkdir(parents=True, exist_ok=True)
-            temporary = final.with_name(f"{_TEMPORARY}{secrets.token_hex(6)}-{final.stem[:80]}{suffix}")
+            temporary = final.with_name(f"{temporary_mark()}{secrets.token_hex(6)}-{final.stem[:80]}{suffix}")
             try:
                 yield temporary
                 if suffix == ".tif":
@@ -177,6 +196,7 @@ class Storage:
                 with open(temporary, "rb") as handle:
                     os.fsync(handle.fileno())
                 os.replace(temporary, final)
+                self._count(target)
             finally:
                 temporary.unlink(missing_ok=True)
         else:
@@ -185,6 +205,11 @@ class Storage:
                 yield temporary
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.fs.put_file(str(temporary), target.path)
+                self._count(target)
+
+    def _count(self, target: UPath) -> None:
+        inside = str(target)[len(str(self.root)) :].lstrip("/\\").replace("\\", "/")
+        self.written += not inside.startswith(_NO_RESULTS)
 
     @contextlib.contextmanager
     def reading(self, path: UPath | os.PathLike[str]) -> Iterator[Path]:
@@ -221,17 +246,23 @@ class Storage:
             raise DamagedFileError(f"{path} is damaged ({error}): remove it and materialize its asset again") from error
 
     def remove_stale(self, folder: str = "", older_than_s: float = 86_400.0) -> int:
-        """Remove temporary files that a killed run left below ``folder``; returns how many."""
+        """Remove temporary files that killed runs left below ``folder``; returns how many.
+
+        Those of processes of this machine go when the process is gone, whatever their age; those of other machines, or
+        without a mark, when they are older than ``older_than_s``.
+        """
         if not self.is_local:
             return 0
-        import time
-
         removed = 0
-        for path in Path(str(self.path(folder) if folder else self.root)).rglob(f"{_TEMPORARY}*"):
-            with contextlib.suppress(FileNotFoundError):
-                if time.time() - path.stat().st_mtime > older_than_s:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-                    removed += 1
+        for top, folders, files in os.walk(str(self.path(folder) if folder else self.root)):
+            found = [name for name in (*folders, *files) if name.startswith(_TEMPORARY)]
+            folders[:] = [name for name in folders if not name.startswith(_TEMPORARY)]
+            for path in (Path(top, name) for name in found):
+                with contextlib.suppress(OSError):  # another run is cleaning too, or it is not ours to remove
+                    old = time.time() - path.stat().st_mtime > older_than_s
+                    if _is_orphan(path) or (old and not _is_alive_here(path)):
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+                        removed += 1
         return removed
 
     def remove_folder(self, folder: UPath) -> None:
@@ -307,6 +338,28 @@ class Storage:
         joined = pd.concat([f for f in frames if len(f)] or frames[:1], ignore_index=True)
         return table.conform(joined)
 
+    def table_stamps(self, name: str, **where: object) -> tuple[tuple[object, ...], ...] | None:
+        """What tells the present files of the partitions that match ``where`` from all earlier and later ones: path,
+        size, time in nanoseconds and inode, or what an object store says of its versions. None where that says nothing.
+        """
+        stamps: list[tuple[object, ...]] = []
+        if not self.is_local:  # the answer of an earlier listing is of no use
+            self.root.fs.invalidate_cache()
+        for partition in self.partitions(name):
+            if not all(_matches(partition.get(key, ""), value) for key, value in where.items()):
+                continue
+            path = self.table(name, partition)
+            if self.is_local:
+                stat = Path(str(path)).stat()
+                stamps.append((str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino))
+                continue
+            told = path.fs.info(path.path)
+            version = [str(told[key]) for key in _VERSIONS if told.get(key) is not None]
+            if not version:
+                return None
+            stamps.append((str(path), told.get("size"), *version))
+        return tuple(stamps)
+
     def _read_part(self, name: str, partition: Mapping[str, object]) -> pd.DataFrame:
         with self.reading(self.table(name, partition)) as local:
             if TABLES[name].geometry:
@@ -338,6 +391,43 @@ def _largest_fold(path: str, stamp: int) -> int | None:
     except (pa.ArrowInvalid, KeyError):  # damaged: who reads the table says so
         return None
     return pyarrow.compute.max(folds).as_py()  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _machine() -> str:
+    """Name of this machine and of its numbering of processes: containers may share a name and a disk, not that."""
+    space = Path("/proc/self/ns/pid")
+    number = space.stat().st_ino if space.exists() else 0
+    return f"{re.sub('[^A-Za-z0-9.]', '_', platform.node())[:40]}_{number}"
+
+
+def temporary_mark() -> str:
+    """Beginning of the names of this process's temporary files: ``.tmp-<machine>-<process>-``."""
+    return f"{_TEMPORARY}{_machine()}-{os.getpid()}-"
+
+
+def _process_of(path: Path) -> int | None:
+    """The process of this machine that a temporary file belongs to; None if it is another's, or says nothing."""
+    machine, _, rest = path.name.removeprefix(_TEMPORARY).partition("-")
+    number = rest.partition("-")[0]
+    return int(number) if machine == _machine() and number.isdigit() else None
+
+
+def _is_alive_here(path: Path) -> bool:
+    import psutil
+
+    number = _process_of(path)
+    if number is None:
+        return False
+    try:  # a later process may have the number now
+        return bool(psutil.Process(number).create_time() <= path.stat().st_mtime + 5)
+    except psutil.Error:
+        return False
+
+
+def _is_orphan(path: Path) -> bool:
+    """Whether a temporary file belongs to a process of this machine that is gone."""
+    return _process_of(path) is not None and not _is_alive_here(path)
 
 
 def _assert_whole(file: Path, final: Path) -> None:

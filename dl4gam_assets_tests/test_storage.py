@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import geopandas as gpd
@@ -53,6 +56,26 @@ def test_stale_temporary_files_are_removed(tmp_path: Path) -> None:
     os.utime(old, (0, 0))
     assert storage.remove_stale() == 1
     assert new.exists() and not old.exists()
+
+
+def test_temporary_files_of_a_process_that_is_gone_are_removed_at_once(tmp_path: Path) -> None:
+    """Killed in the middle of writing; another one that is still at work keeps its own."""
+    write = (
+        "import os, signal; from dl4gam_assets.storage import Storage\n"
+        f"s = Storage({str(tmp_path)!r})\n"
+        "with s.writing(s.path('a', 'b.txt')) as t:\n    t.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", write], check=False).returncode == -signal.SIGKILL
+    storage = Storage(tmp_path)
+    (left,) = (tmp_path / "a").iterdir()
+    assert left.name.startswith(".tmp-")
+    with storage.writing(storage.path("a", "c.txt")) as mine:
+        mine.write_text("at work")
+        os.utime(mine)
+        elsewhere = mine.with_name(".tmp-another_1-4000000-x.txt")
+        elsewhere.write_text("of another machine")
+        assert storage.remove_stale() == 1
+        assert not left.exists() and mine.exists() and elsewhere.exists()
 
 
 def _taus(**values: float) -> pd.DataFrame:

@@ -15,21 +15,33 @@ import json
 import logging
 import os
 import re
+import socket
 import time
+import unicodedata
+import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import urlparse, urlsplit
+from urllib.parse import urljoin, urlparse, urlsplit
 
 import pystac
 import shapely
 import shapely.geometry
 
 from dl4gam_assets.compute import TransientError
-from dl4gam_assets.settings import SceneFolder, SensorSettings, StacApi, StacFolder, StacGeoparquet, fingerprint
+from dl4gam_assets.settings import (
+    SceneFolder,
+    SensorSettings,
+    StacApi,
+    StacFolder,
+    StacGeoparquet,
+    fingerprint,
+    without_secrets,
+)
 
 if TYPE_CHECKING:
     import pyarrow.dataset
+    import requests
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +146,7 @@ class _Api:
         )  # fmt: skip
         try:
             # GDAL and pystac-client share nothing; connections are kept for all searches of this catalog.
-            self._io = _api_io(retry)
+            self._io = _api_io(retry, settings.url)
             self._client = pystac_client.Client.open(
                 settings.url,
                 stac_io=self._io,
@@ -204,10 +216,11 @@ class _Api:
         return sorted(found.values(), key=lambda i: i.id)
 
 
-def _api_io(retry: Any) -> Any:
+def _api_io(retry: Any, catalog: str) -> Any:
     """pystac-client's requests, which come again too where an answer breaks off or is no JSON (the page of a proxy).
 
-    urllib3 repeats only what fails before the content.
+    urllib3 repeats only what fails before the content. What the server at the address ``catalog`` links to, redirects
+    to or names as its search is asked only where :func:`is_inside` allows it.
     """
     from pystac_client.exceptions import APIError
     from pystac_client.stac_api_io import StacApiIO
@@ -225,12 +238,20 @@ def _api_io(retry: Any) -> Any:
                 following = next((link for link in page.get("links", []) if link["rel"] == "next"), None)
                 if following is None:
                     return
+                if (host := host_of(str(following.get("href")))) != host_of(url):
+                    raise CatalogError(f"the next page of {url} is said to be on another host, {host}: search stopped")
                 page = self.read_json(pystac.Link.from_dict(following), parameters=parameters)
 
-        def request(self, *args: Any, **kwargs: Any) -> str:
+        def read_text(self, source: Any, *args: Any, **kwargs: Any) -> str:
+            if not isinstance(source, pystac.Link):  # what is no address of the web would be opened as a file
+                _expect_allowed(str(source), catalog, host_of(catalog))
+            return super().read_text(source, *args, **kwargs)
+
+        def request(self, href: str, *args: Any, **kwargs: Any) -> str:
+            _expect_allowed(href, catalog, host_of(catalog))
             for pause in (0.5, 1.0, None):
                 try:
-                    text = super().request(*args, **kwargs)
+                    text = super().request(href, *args, **kwargs)
                     json.loads(text)
                     return text
                 except json.JSONDecodeError as error:
@@ -238,6 +259,8 @@ def _api_io(retry: Any) -> Any:
                         raise APIError(f"an answer is no JSON, but {' '.join(text.split())[:60]!r}") from error
                 except APIError as error:
                     cause = error.__context__
+                    if isinstance(cause, CatalogError):  # a redirect that is not followed
+                        raise cause from None
                     broken = isinstance(cause, ChunkedEncodingError | ContentDecodingError)
                     stalled = isinstance(cause, ConnectionError) and isinstance(
                         next(iter(cause.args), 0), ReadTimeoutError
@@ -247,7 +270,14 @@ def _api_io(retry: Any) -> Any:
                 time.sleep(pause)
             raise AssertionError("the last attempt returns or raises")
 
-    return Io(max_retries=retry)
+    def follow(answer: requests.Response, *args: Any, **kwargs: Any) -> None:
+        """Called with each answer before its redirect is followed."""
+        if answer.is_redirect:
+            _expect_allowed(urljoin(answer.url, answer.headers["location"]), catalog, host_of(catalog))
+
+    made = Io(max_retries=retry)
+    made.session.hooks["response"].append(follow)
+    return made
 
 
 def _item(feature: Mapping[str, Any], settings: StacApi) -> pystac.Item | None:
@@ -259,6 +289,7 @@ def _item(feature: Mapping[str, Any], settings: StacApi) -> pystac.Item | None:
         log.warning(f"{settings.url}: item {str(feature.get('id', '?'))[:100]} is left out: {_words(error)}")
         return None
     for asset in item.assets.values():
+        asset.href = without_secrets(asset.href)
         for prefix, replacement in settings.href_prefixes.items():
             if asset.href.startswith(prefix):
                 asset.href = replacement + asset.href.removeprefix(prefix)
@@ -278,22 +309,88 @@ def stranger(href: str, settings: StacApi) -> str | None:
     """
     if any(made and href.startswith(made) for made in settings.href_prefixes.values()):
         return None
-    here = urlsplit(settings.url).hostname or ""
-    parts = urlsplit(href)
+    here = host_of(settings.url)
+    try:
+        parts = urlsplit(href)
+    except ValueError as error:
+        return f"{href[:80]!r} is no address: {error}"
+    if re.search(r"[\\\s]", href) and parts.scheme:
+        return f"{href[:80]!r} is no address: clients do not agree on which host it names"
     if parts.scheme not in {"http", "https", "s3", "gs", "az", "abfs"}:
-        return None if _is_inside(here, loopback=True) and local_path(href) else f"{href[:80]} is no address on the web"
-    if parts.scheme in {"http", "https"} and _is_inside(parts.hostname or "") and not _is_inside(here):
-        return f"{parts.hostname} is a host of this network, which a catalog elsewhere does not choose"
+        return None if is_inside(here, loopback=True) and local_path(href) else f"{href[:80]} is no address on the web"
+    return _inner_host(href, here) if parts.scheme in {"http", "https"} else None
+
+
+def _inner_host(href: str, here: str) -> str | None:
+    """Why an address of the web is not asked for a catalog on the host ``here``; None where it may be."""
+    host = host_of(href)
+    if is_inside(host) and (not here or not is_inside(here)):
+        return f"{host or href[:80]} is a host of this network, which a catalog elsewhere does not choose"
     return None
 
 
-def _is_inside(host: str, *, loopback: bool = False) -> bool:
-    """Whether a host is this machine (or, without ``loopback``, one of its network) by its name or number."""
+def _expect_allowed(href: str, catalog: str, here: str) -> None:
+    """Refuse an address that a catalog (on the host ``here``, empty for one on disk) may not name; CatalogError."""
+    if not re.match(r"https?://[^\\\s]+$", href, re.IGNORECASE):
+        raise CatalogError(f"{catalog} leads to {without_secrets(href)[:80]}, which is no address on the web")
+    if (why := _inner_host(href, here)) is not None:
+        raise CatalogError(f"{catalog} leads to {without_secrets(href)[:80]}: {why}")
+
+
+def host_of(href: str) -> str:
+    """The host of an address as a resolver would read it: lower case, plain digits and letters, no dot at the end."""
     try:
-        number = ipaddress.ip_address(host)
-    except ValueError:
-        return host == "localhost" or (not loopback and ("." not in host or host.endswith((".local", ".internal"))))
-    return number.is_loopback or (not loopback and not number.is_global)
+        name = urlsplit(href).hostname or ""
+    except ValueError:  # no valid number between brackets
+        return ""
+    return unicodedata.normalize("NFKC", name).replace("\u3002", ".").rstrip(".").lower()
+
+
+#: Names that are never on the public web, whatever a resolver says.
+_INNER_NAMES = ("localhost", "local", "internal", "intranet", "lan", "home.arpa")
+#: Prefixes of IPv6 addresses that hold one of IPv4, and where it stands (bits from the right).
+_MAPPED = ((ipaddress.IPv6Network("64:ff9b::/96"), 0), (ipaddress.IPv6Network("2002::/16"), 80),
+           (ipaddress.IPv6Network("::/96"), 0), (ipaddress.IPv6Network("::ffff:0:0/96"), 0))  # fmt: skip
+
+
+def is_inside(host: str, *, loopback: bool = False) -> bool:
+    """Whether a host (:func:`host_of`) is this machine, or one of its network (without ``loopback``).
+
+    Every way to write a number counts (``127.1``, ``0x7f.0.0.1``, ``[64:ff9b::7f00:1]``), and a name is asked of the
+    resolver: one of its addresses that is not public is enough. A name that can not be resolved here (a proxy may do
+    it) is judged by its ending.
+    """
+    if not host:
+        return True
+    numbers = _numbers(host)
+    if not numbers:
+        inner = "." not in host or any(host == n or host.endswith(f".{n}") for n in _INNER_NAMES)
+        return host == "localhost" or host.endswith(".localhost") if loopback else inner
+    if loopback:
+        return all(n.is_loopback for n in numbers)
+    return any(not n.is_global or n.is_multicast for n in numbers)
+
+
+@functools.lru_cache(maxsize=4096)
+def _resolved(host: str, minute: int) -> tuple[str, ...]:
+    try:
+        return tuple(sorted({str(answer[4][0]) for answer in socket.getaddrinfo(host, None)}))
+    except (OSError, UnicodeError, ValueError):
+        return ()
+
+
+def _numbers(host: str) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
+    """All addresses behind a host; those of IPv4 that are written as IPv6 as what they are."""
+    found: list[ipaddress.IPv4Address | ipaddress.IPv6Address] = []
+    for text in _resolved(host, int(time.monotonic() // 60)):
+        number = ipaddress.ip_address(text.partition("%")[0])
+        if isinstance(number, ipaddress.IPv6Address):
+            for network, shift in _MAPPED:
+                if number in network and int(number) > 1:  # not :: and ::1
+                    number = ipaddress.IPv4Address((int(number) >> shift) & 0xFFFFFFFF)
+                    break
+        found.append(number)
+    return found
 
 
 def _halves(bbox: Sequence[float]) -> list[tuple[float, ...]]:
@@ -313,7 +410,7 @@ def _refusal(error: BaseException) -> type[CatalogError]:
 
 def _words(error: BaseException) -> str:
     status = getattr(error, "status_code", None)  # of pystac-client's APIError
-    text = " ".join(str(error).split())[:500] or type(error).__name__
+    text = without_secrets(" ".join(str(error).split()))[:500] or type(error).__name__
     return text if status is None else f"HTTP {status}: {text}"
 
 
@@ -367,6 +464,8 @@ def write_items(items: Iterable[pystac.Item], assets: Sequence[str], path: Path)
             slim["assets"] = {name: slim["assets"][name] for name in assets if name in slim["assets"]}
             slim["properties"] = {k: v for k, v in slim["properties"].items() if k in _KEPT}
             slim["stac_extensions"] = []
+            for asset in slim["assets"].values():  # a server may add tokens, which are nobody else's and soon of no use
+                asset["href"] = without_secrets(asset["href"])
             file.write(json.dumps(slim, separators=(",", ":"), default=str) + "\n")
             count += 1
     return count
@@ -405,7 +504,9 @@ def read_items(path: Path) -> SceneCatalog:
     try:
         with open(path, encoding="utf-8") as file:
             items = [pystac.Item.from_dict(json.loads(line), preserve_dict=False) for line in file if line.strip()]
-    except (OSError, ValueError, KeyError) as error:
+        for item in items:
+            _assert_usable(item)
+    except Exception as error:  # pystac's and shapely's own errors for nonsense where an item should be
         raise CatalogError(
             f"item index {path} can not be read ({_words(error)}): delete it and search again"
         ) from error
@@ -512,13 +613,33 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
+class _StaticIo(pystac.stac_io.DefaultStacIO):
+    """Files of a catalog on disk, and what it links to on the public web; nothing else that this machine can reach."""
+
+    def read_text_from_href(self, href: str) -> str:
+        if urlsplit(href).scheme in {"", "file"}:
+            return super().read_text_from_href(href)
+        _expect_allowed(href, "the catalog on disk", "")
+        with _OPENER.open(href, timeout=60) as answer:
+            return str(answer.read().decode("utf-8"))
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        _expect_allowed(newurl, f"the catalog on disk, by {without_secrets(req.full_url)},", "")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+_OPENER = urllib.request.build_opener(_Redirects)
+
+
 def _read_stac(path: Path) -> list[pystac.Item]:
     if not path.is_file():
         raise CatalogError(f"STAC catalog {path} does not exist (imagery.catalog.path)")
     items: list[pystac.Item] = []
     where = str(path)
     try:
-        root = pystac.Catalog.from_file(where)
+        root = pystac.Catalog.from_file(where, stac_io=_StaticIo())
         for folder, _, _ in root.walk():
             for link in folder.get_item_links():
                 where = link.get_absolute_href() or link.href
@@ -529,7 +650,10 @@ def _read_stac(path: Path) -> list[pystac.Item]:
                     items.append(item)
             where = folder.get_self_href() or str(path)
     except Exception as error:
-        raise CatalogError(f"STAC file {where} of the catalog {path} can not be read: {error}") from error
+        why = error.__cause__ if isinstance(error.__cause__, CatalogError) else error
+        raise CatalogError(
+            f"STAC file {without_secrets(where)} of the catalog {path} can not be read: {_words(why)}"
+        ) from error
     return items
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import os
 import queue
-import re
 import threading
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
 from dl4gam_assets.imagery.catalogs import CatalogError
+from dl4gam_assets.settings import without_secrets
 
 #: Host of the catalog whose files must be signed.
 PLANETARY_COMPUTER = "planetarycomputer.microsoft.com"
@@ -31,7 +31,6 @@ PLANETARY_COMPUTER_HOSTS = frozenset(
 _TOKEN_RETRIES = 4
 #: All these attempts together, seconds.
 _TOKEN_S = 90.0
-_SIGNATURE = re.compile(r"\?[^\s'\"<>()]*\bsig=[^\s'\"<>()]*")
 _LOCK = threading.Lock()
 
 
@@ -111,8 +110,8 @@ def _within(seconds: float, function: Callable[..., Any], *args: Any, **options:
 
 
 def unsigned(text: str) -> str:
-    """A text (an address, a message of GDAL or requests) without the tokens in it."""
-    return _SIGNATURE.sub("", text)
+    """A text (an address, a message of GDAL or requests) without tokens, keys, names and passwords in it."""
+    return without_secrets(text)
 
 
 def _after_fork() -> None:

@@ -14,7 +14,9 @@ import numpy as np
 import pandas as pd
 import shapely
 
+from dl4gam_assets.inventory.vector import read_vector
 from dl4gam_assets.settings import InventorySettings, SettingsError
+from dl4gam_assets.storage import Storage
 
 
 def prepare_inventory(settings: InventorySettings, data_root: Path, out: Path) -> Path:
@@ -38,12 +40,16 @@ def prepare_inventory(settings: InventorySettings, data_root: Path, out: Path) -
     note = path.with_suffix(".json")
     wanted = {"sources": sgi.source_hash(folder), "method": sgi.METHOD_VERSION}
     if path.is_file() and note.is_file():
-        made = json.loads(note.read_text(encoding="utf-8"))
-        if {key: made.get(key) for key in wanted} == wanted:
-            return path
+        try:
+            made = json.loads(note.read_text(encoding="utf-8"))
+            if {key: made.get(key) for key in wanted} == wanted:
+                return path
+        except (ValueError, AttributeError, RecursionError):
+            pass  # cut short, or another's: as good as none
     note.unlink(missing_ok=True)
     figures = sgi.write_swiss_inventory(folder, path)
-    note.write_text(json.dumps({**wanted, "figures": figures}, indent=1), encoding="utf-8")
+    storage = Storage(out)
+    storage.write_text(storage.path(note.name), json.dumps({**wanted, "figures": figures}, indent=1))
     return path
 
 
@@ -122,7 +128,7 @@ def _raster_share(glaciers: gpd.GeoDataFrame, file: Path) -> pd.Series:
 
 
 def _vector_share(glaciers: gpd.GeoDataFrame, file: Path) -> pd.Series:
-    ground = gpd.read_file(file)
+    ground = read_vector(file)
     crs = glaciers.estimate_utm_crs()
     union = ground.geometry.make_valid().to_crs(crs).union_all()
     outlines = glaciers.geometry.to_crs(crs)

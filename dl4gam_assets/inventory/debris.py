@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import shapely
 
+from dl4gam_assets.inventory.vector import read_vector, vector_info
 from dl4gam_assets.settings import DebrisSource, SettingsError
 from dl4gam_assets.tables import TABLES
 
@@ -85,15 +86,13 @@ def _shapes(source: DebrisSource, data_root: Path, glaciers: gpd.GeoDataFrame) -
 
 def _from_vector(path: Path, layer: str | None, glaciers: gpd.GeoDataFrame) -> gpd.GeoDataFrame:
     """Shapes of a file, read only in the box of the glaciers: global data sets hold millions."""
-    import pyogrio
-
     options = {"layer": layer} if layer else {}
-    crs = pyogrio.read_info(path, **options)["crs"]
+    crs = vector_info(path, **options)["crs"]
     if crs is None or not len(glaciers):
-        return gpd.read_file(path, rows=slice(0, 0), **options)
+        return read_vector(path, rows=slice(0, 0), **options)
     west, south, east, north = glaciers.to_crs(crs).total_bounds
     rim = 1e-3 * max(east - west, north - south)
-    return gpd.read_file(path, bbox=(west - rim, south - rim, east + rim, north + rim), **options)
+    return read_vector(path, bbox=(west - rim, south - rim, east + rim, north + rim), **options)
 
 
 def _from_raster(path: Path, value: int, glaciers: gpd.GeoDataFrame) -> gpd.GeoDataFrame:

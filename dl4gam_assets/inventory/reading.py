@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import shapely
 
+from dl4gam_assets.inventory.vector import read_vector
 from dl4gam_assets.settings import InventorySettings, SettingsError
 from dl4gam_assets.storage import safe_name
 from dl4gam_assets.tables import TABLES
@@ -42,7 +43,7 @@ def read_inventory(path: Path, settings: InventorySettings) -> tuple[gpd.GeoData
     Parameters
     ----------
     path : Path
-        Any vector file that pyogrio reads, with a CRS.
+        A vector file (GeoPackage, shapefile, GeoJSON, FlatGeobuf, GeoParquet ...; see ``vector``), with a CRS.
     settings : InventorySettings
         Column names, layer, threshold.
 
@@ -182,7 +183,7 @@ def _read(path: Path, layer: str | None, near: gpd.GeoSeries | None = None) -> g
         if path.suffix in {".parquet", ".geoparquet"}:
             frame = gpd.read_parquet(path)
         else:
-            frame = gpd.read_file(path, **({"layer": layer} if layer else {}), bbox=near)
+            frame = read_vector(path, **({"layer": layer} if layer else {}), bbox=near)
     except Exception as error:
         raise SettingsError(f"inventory {path} can not be read as vector data: {error}") from error
     if not isinstance(frame, gpd.GeoDataFrame) or "geometry" not in frame.columns:

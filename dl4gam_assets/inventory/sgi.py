@@ -27,6 +27,9 @@ import pandas as pd
 import shapely
 from shapely.geometry.base import BaseGeometry
 
+from dl4gam_assets.inventory.vector import read_vector
+from dl4gam_assets.settings import SettingsError
+
 log = logging.getLogger("dl4gam_assets")
 
 #: Swiss LV95, the CRS of all SGI files; metres, equal-area enough for areas (scale error below 1e-4 in
@@ -468,16 +471,11 @@ def write_swiss_inventory(folder: Path, out: Path) -> dict[str, Any]:
     ------
     FileNotFoundError
         naming the raw file that is missing.
+    SettingsError
+        naming one that can not be read.
     """
     _check_files(folder)
-    former = gpd.read_file(folder / FORMER) if (folder / FORMER).is_file() else None
-    glaciers = split_ice_bodies(
-        gpd.read_file(folder / BODIES),
-        gpd.read_file(folder / DIVIDES),
-        gpd.read_file(folder / LOCATIONS),
-        pd.read_csv(folder / ATTRIBUTES),
-        former,
-    )
+    glaciers = split_ice_bodies(*read_raw(folder))
     unnamed = glaciers["glacier_id"].isna()
     named = glaciers[~unnamed].rename(columns={"year_acq": "date"})
     named.insert(2, "country", "CH")
@@ -494,6 +492,28 @@ def write_swiss_inventory(folder: Path, out: Path) -> dict[str, Any]:
     finally:
         temporary.unlink(missing_ok=True)
     return compare_with_official(glaciers)
+
+
+def read_raw(folder: Path) -> tuple[gpd.GeoDataFrame, gpd.GeoDataFrame, gpd.GeoDataFrame, pd.DataFrame, Any]:
+    """The raw files: ice bodies, divides, locations, attributes, and the outlines of 2010 where they are (or None).
+
+    Raises
+    ------
+    SettingsError
+        naming the file that can not be read.
+    """
+    frames: list[Any] = []
+    for name in (BODIES, DIVIDES, LOCATIONS, ATTRIBUTES, FORMER):
+        path = folder / name
+        if name == FORMER and not path.is_file():
+            frames.append(None)
+            continue
+        try:
+            frames.append(pd.read_csv(path) if path.suffix == ".csv" else read_vector(path))
+        except Exception as error:  # pandas, GDAL and shapely each have their own
+            raise SettingsError(f"{path} can not be read: {' '.join(str(error).split())[:300]}") from error
+    bodies, divides, locations, attributes, former = frames
+    return bodies, divides, locations, attributes, former
 
 
 def _check_files(folder: Path) -> None:

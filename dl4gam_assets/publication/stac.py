@@ -127,7 +127,7 @@ def write_stac(
     if (folder / "items").exists():
         for stale in list((folder / "items").glob("*.json")):
             if stale.name not in names:
-                stale.unlink()
+                stale.unlink(missing_ok=True)
     return len(items)
 
 

@@ -27,6 +27,7 @@ import numpy as np
 from dl4gam_assets.compute import Mapper
 from dl4gam_assets.cubes import channel_stack, cube_mask, open_cube
 from dl4gam_assets.cubes.files import SCALED
+from dl4gam_assets.storage import temporary_mark
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -188,7 +189,7 @@ def pack_cubes(
     """
     if not cubes:
         raise ValueError("there are no cubes to train on")
-    temporary = folder.with_name(f".tmp-{secrets.token_hex(6)}-{folder.name}")
+    temporary = folder.with_name(f"{temporary_mark()}{secrets.token_hex(6)}-{folder.name}")
     temporary.mkdir(parents=True)
     entries: dict[str, dict[str, int]] = {}
     start, sizes = 0, {}

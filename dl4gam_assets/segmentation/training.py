@@ -364,7 +364,9 @@ def _save_state(
                 tensors[f"adam.{number}.{key}"] = value.detach().cpu().contiguous()
             else:
                 scalars[f"{number}.{key}"] = float(value)
-    save_file({k: v.clone() for k, v in tensors.items()}, work / f"state-{epoch}.safetensors")
+    temporary = work / f"tmp-state-{epoch}.safetensors"
+    save_file({k: v.clone() for k, v in tensors.items()}, temporary)
+    os.replace(temporary, work / f"state-{epoch}.safetensors")
     best_file = work / f"best-{best['epoch']}.safetensors"
     if best["epoch"] == epoch or not best_file.exists():  # a killed training may have left one of this epoch
         temporary = work / f"tmp-{best['epoch']}.safetensors"

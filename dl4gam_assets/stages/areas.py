@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,9 +22,11 @@ from dl4gam_assets.stages.base import (
     run_stage,
     year_fold_label,
 )
+from dl4gam_assets.stages.mending import removing_damaged
 from dl4gam_assets.stages.provenance import (
     expect_calibrated,
     expect_chain,
+    expect_cube,
     expect_made_from_present,
     expect_map,
     write_lineage,
@@ -173,20 +178,31 @@ def _taus_by_rule(site: Site, glacier_id: str, fold: int) -> dict[str, float]:
     return {rule: tau for rule, tau in found.items() if np.isfinite(tau)}
 
 
+@contextlib.contextmanager
+def _map_and_cube(site: Site, year: int, fold: int, glacier_id: str) -> Iterator[tuple[Path, Path]]:
+    """Local paths of a glacier's map and cube; one that turns out to be damaged is removed, and made again."""
+    storage = site.storage
+    map_path, cube_path = storage.prediction(year, glacier_id), storage.cube(year, glacier_id)
+    with (
+        removing_damaged(site, "glacier_cubes", str(year), cube_path),
+        removing_damaged(site, "glacier_predictions", year_fold_label(year, fold), map_path),
+        storage.reading(map_path) as local_map,
+        storage.reading(cube_path) as local_cube,
+    ):
+        yield local_map, local_cube
+
+
 def area_of(site: Site, year: int, fold: int, glacier_id: str) -> dict[str, Any]:
     """Area row of one glacier; runs in a worker process."""
     from dl4gam_assets.change import area_row
     from dl4gam_assets.cubes import open_cube
     from dl4gam_assets.ensemble import read_prediction, read_prediction_tags
 
-    storage = site.storage
-    with (
-        storage.reading(storage.cube(year, glacier_id)) as cube_path,
-        storage.reading(storage.prediction(year, glacier_id)) as map_path,
-    ):
+    with _map_and_cube(site, year, fold, glacier_id) as (map_path, cube_path):
         expect_map(site, year, fold, glacier_id, read_prediction_tags(map_path))
         prediction = read_prediction(map_path)
         with open_cube(cube_path) as cube:
+            expect_cube(site, year, glacier_id, cube.attrs)
             row = area_row(
                 prediction["mean"], prediction["std"], cube, _tau_of(site, glacier_id, fold),
                 threshold=site.region.inference.threshold, shares=_shares_of(site, glacier_id, cube),
@@ -276,15 +292,13 @@ def outlines_of(site: Site, year: int, fold: int, glacier_id: str) -> Any:
     """Outline rows of one glacier; runs in a worker process."""
     from dl4gam_assets.change import extract_outlines
     from dl4gam_assets.cubes import open_cube
-    from dl4gam_assets.ensemble import read_prediction
+    from dl4gam_assets.ensemble import read_prediction, read_prediction_tags
 
-    storage = site.storage
-    with (
-        storage.reading(storage.cube(year, glacier_id)) as cube_path,
-        storage.reading(storage.prediction(year, glacier_id)) as map_path,
-    ):
+    with _map_and_cube(site, year, fold, glacier_id) as (map_path, cube_path):
+        expect_map(site, year, fold, glacier_id, read_prediction_tags(map_path))
         prediction = read_prediction(map_path)
         with open_cube(cube_path) as cube:
+            expect_cube(site, year, glacier_id, cube.attrs)
             return extract_outlines(
                 prediction["mean"], prediction["std"], cube, _tau_of(site, glacier_id, fold),
                 threshold=site.region.inference.threshold, sieve_px=site.region.change.sieve_px,

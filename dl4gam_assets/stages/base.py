@@ -3,18 +3,24 @@
 Fingerprints make a repeated run cheap. A partition's *input fingerprint* hashes the settings that shape it, the
 fingerprints of what it reads and ``STAGE_VERSION``; its *output fingerprint* hashes the content that downstream reads.
 Both are kept in ``state/<asset>/<partition>.json`` together with the Dagster run that wrote it.
+
+A state is marked (``making``) before work on its partition begins. A run that is killed leaves the mark: the partition
+is then made again whatever its inputs are, and where the run had other ones, nothing is made from it until that is
+done.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import functools
 import hashlib
 import logging
 import os
 import re
+import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,10 +56,13 @@ class Upstream(str):
     asset: str
     label: str
     whole: bool  # False: of a part of that partition
+    unfinished: bool  # its files may be those of other inputs than the fingerprint says
 
-    def __new__(cls, text: str, asset: str = "", partition: str = "", whole: bool = True) -> Upstream:
+    def __new__(
+        cls, text: str, asset: str = "", partition: str = "", whole: bool = True, unfinished: bool = False
+    ) -> Upstream:
         made = super().__new__(cls, text)
-        made.asset, made.label, made.whole = asset, partition, whole
+        made.asset, made.label, made.whole, made.unfinished = asset, partition, whole, unfinished
         return made
 
 
@@ -202,11 +211,10 @@ class Workspace:
         state = self.storage.read_state(asset, partition)
         if state is None:
             raise UpstreamError(f"{asset} [{partition}] is not there yet: materialize it first")
-        return Upstream(str(state["output"]), asset, partition)
+        return Upstream(str(state["output"]), asset, partition, unfinished=is_unfinished(state))
 
     def upstream_or_none(self, asset: str, partition: str = "all") -> Upstream | None:
-        state = self.storage.read_state(asset, partition)
-        return None if state is None else Upstream(str(state["output"]), asset, partition)
+        return self.upstream(asset, partition) if self.storage.read_state(asset, partition) is not None else None
 
     def finish(
         self,
@@ -271,6 +279,7 @@ class Workspace:
         for done in self.mapper.map(function, todo, progress=progress):
             if done.ok:
                 values[done.key] = done.value
+                self.storage.written += 1  # in another process perhaps
             else:
                 failures.append(done)
                 self.unreachable += done.transient
@@ -294,8 +303,8 @@ class Workspace:
         if len(frame):
             frame = frame.drop_duplicates("glacier_id", keep="last")
             self.storage.write_table("failures", frame, {"stage": stage, "partition": partition})
-        elif path.exists():
-            path.unlink()
+        else:
+            path.unlink(missing_ok=True)
         return frame
 
 
@@ -334,15 +343,19 @@ def run_stage(
     force = force or ws.force
     wanted, named = input_fingerprint(inputs), named_inputs(inputs)
     state = ws.storage.read_state(asset, partition)
-    current = bool(state and state["input"] == wanted and not force and not changed and not state.get("failed"))
+    whole = bool(state and not state.get("failed") and MAKING not in state)
+    current = bool(whole and state and state["input"] == wanted and not force and not changed)
     if ws.probe:
-        return StageResult(partition, unchanged=current, inputs=named, input=wanted, changed=tuple(changed))
+        told = (*changed, *(["a run with other settings was stopped in it"] if state and is_unfinished(state) else []))
+        return StageResult(partition, unchanged=current, inputs=named, input=wanted, changed=told)
     if state and current:
         metadata = {**state.get("metadata", {}), "unchanged": True}
         pictures = _stored_previews(ws, asset, partition)
         return StageResult(partition, metadata, pictures, True, inputs=named, input=wanted)
+    expect_finished(asset, partition, inputs)
     start = time.perf_counter()
-    output, metadata, previews = work()
+    with making(ws.storage, asset, partition, wanted):
+        output, metadata, previews = work()
     seconds = time.perf_counter() - start
     ws.finish(
         asset,
@@ -357,7 +370,7 @@ def run_stage(
     wanted_files = {_preview_path(ws, asset, partition, title).name for title in previews}
     for path in _preview_files(ws, asset, partition):
         if path.name not in wanted_files:
-            path.unlink()  # of a former result, under another title
+            path.unlink(missing_ok=True)  # of a former result, under another title
     for title, content in previews.items():
         with ws.storage.writing(_preview_path(ws, asset, partition, title)) as temporary:
             temporary.write_bytes(content)
@@ -365,6 +378,61 @@ def run_stage(
     if ws.run_id:
         metadata["materialization_id"] = materialization_id(asset, partition, ws.run_id)
     return StageResult(partition, metadata, previews, inputs=named, input=wanted)
+
+
+#: Key of a state whose partition is being made: the input fingerprint of that work, and whose it is.
+MAKING = "making"
+
+
+@contextlib.contextmanager
+def making(storage: Storage, asset: str, partition: str, wanted: str) -> Iterator[None]:
+    """Mark the state of a partition while work for the input fingerprint ``wanted`` overwrites what it held.
+
+    :meth:`Workspace.finish` writes a state without the mark. Work that ends in an error before it wrote anything takes
+    its mark back, since what the partition held is whole; a kill, or an error in the middle of writing, leaves it.
+    """
+    state = storage.read_state(asset, partition)
+    if state is None:  # nothing to be taken for current
+        yield
+        return
+    mark = {"input": wanted, "by": secrets.token_hex(8)}
+    storage.write_state(asset, partition, {**state, MAKING: mark})
+    before = storage.written
+    try:
+        yield
+    except Exception:
+        if storage.written == before and (storage.read_state(asset, partition) or {}).get(MAKING) == mark:
+            storage.write_state(asset, partition, state)
+        raise
+
+
+def is_unfinished(state: Mapping[str, Any]) -> bool:
+    """Whether work for other inputs than those of the state was begun, and never ended: its files may be of both.
+
+    The same work, begun anew or by another run at the same time, writes what is there already.
+    """
+    mark = state.get(MAKING)
+    return mark is not None and mark.get("input") != state.get("input")
+
+
+def expect_finished(asset: str, partition: str, inputs: Any) -> None:
+    """Make nothing from a partition whose files may be those of other inputs than its fingerprint says.
+
+    Raises
+    ------
+    UpstreamError
+        naming the partition to materialize first.
+    """
+    if isinstance(inputs, Upstream) and inputs.unfinished:
+        raise UpstreamError(
+            f"{asset} [{partition}] can not be made: a run with other settings was stopped while it wrote "
+            f"{inputs.asset} [{inputs.label}]; materialize {inputs.asset} first"
+        )
+    if isinstance(inputs, Mapping):
+        inputs = list(inputs.values())
+    if isinstance(inputs, list | tuple):
+        for item in inputs:
+            expect_finished(asset, partition, item)
 
 
 def _preview_path(ws: Workspace, asset: str, partition: str, title: str) -> Any:
@@ -402,18 +470,35 @@ def frame_fingerprint(frame: pd.DataFrame, ignore: Sequence[str] = ()) -> str:
     return digest.hexdigest()[:16]
 
 
+#: Input files up to this size are hashed whole, in a second at most; of larger ones samples and the time are.
+_HASHED_WHOLE = 256 << 20
+_SAMPLE, _SAMPLES = 1 << 20, 32
+
+
 def file_fingerprint(path: Path) -> str:
-    """Identity of an input file: its name, size and SHA-256 (of the first and last mebibyte of a large file)."""
+    """Identity of an input file: its name, size and a SHA-256.
+
+    Up to 256 MiB the hash is that of the whole content, so that every change is seen and a copy is the same file. Of a
+    larger file it is that of 32 blocks spread over it, first and last among them, and of the time of its last change:
+    a rewritten file is seen though no sample differs, and one that was only copied or touched is read once more, which
+    ends where the content proves equal. Within a process a file is read again only if its size, time or inode changed.
+    """
     if not path.is_file():
         raise UpstreamError(f"input file {path} does not exist")
-    digest = hashlib.sha256()
-    size = path.stat().st_size
+    stat = path.stat()
+    return f"{path.name}:{stat.st_size}:{_file_hash(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino)}"
+
+
+@functools.lru_cache(maxsize=4096)
+def _file_hash(path: str, size: int, mtime_ns: int, inode: int) -> str:
     with open(path, "rb") as handle:
-        digest.update(handle.read(1 << 20))
-        if size > 1 << 21:
-            handle.seek(-(1 << 20), os.SEEK_END)
-        digest.update(handle.read(1 << 20))
-    return f"{path.name}:{size}:{digest.hexdigest()[:16]}"
+        if size <= _HASHED_WHOLE:
+            return hashlib.file_digest(handle, "sha256").hexdigest()[:16]
+        digest = hashlib.sha256(str(mtime_ns).encode())
+        for i in range(_SAMPLES):
+            handle.seek((size - _SAMPLE) * i // (_SAMPLES - 1))
+            digest.update(handle.read(_SAMPLE))
+    return digest.hexdigest()[:16]
 
 
 def folder_fingerprint(folder: Path, pattern: str = "*") -> str:
@@ -452,18 +537,21 @@ def code_version() -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def _cached_table(root: str, name: str, where: tuple[tuple[str, Any], ...], stamp: float) -> pd.DataFrame:
+def _cached_table(root: str, name: str, where: tuple[tuple[str, Any], ...], stamps: tuple[Any, ...]) -> pd.DataFrame:
     return Storage(root).read_table(name, **dict(where))
 
 
 def cached_table(site: Site, name: str, **where: Any) -> pd.DataFrame:
-    """A table as Storage.read_table gives it, kept in this process while its files are unchanged (read-only)."""
-    storage = site.storage
-    stamp = 0.0
-    if storage.is_local:
-        files = Path(str(storage.path("tables", name))).rglob("part.parquet")
-        stamp = max((f.stat().st_mtime for f in files), default=0.0)
-    return _cached_table(site.root, name, tuple(sorted(where.items())), stamp)
+    """A table as Storage.read_table gives it, kept in this process while its files are unchanged (read-only).
+
+    A file is the same while its path, size, time in nanoseconds and inode are (in an object store: what the store says
+    of its version); a time alone would say nothing of a file beside one from the future. Where a store can not tell,
+    nothing is kept.
+    """
+    stamps = site.storage.table_stamps(name, **where)
+    if stamps is None:
+        return site.storage.read_table(name, **where)
+    return _cached_table(site.root, name, tuple(sorted(where.items())), stamps)
 
 
 # --------------------------------------------------------------------------------------------- partition labels

@@ -21,6 +21,7 @@ from dl4gam_assets.stages.base import (
 )
 from dl4gam_assets.stages.code import code_fingerprint
 from dl4gam_assets.stages.imagery import catalog_fingerprint, catalog_of
+from dl4gam_assets.stages.mending import absent_if_damaged, removing_damaged
 from dl4gam_assets.stages.terrain import dhdt_path, static_path
 from dl4gam_assets.tables import TABLES, rows_of
 
@@ -61,18 +62,28 @@ def cube_of(site: Site, year: int, glacier_id: str, wanted: str, stamp: str, aga
     ground = rows_of(elevations, glacier_id).iloc[0]
     mine = None
     if path.exists() and not again:
-        with storage.reading(path) as local, open_cube(local) as found:
+        with absent_if_damaged(path), storage.reading(path) as local, open_cube(local) as found:
             if found.attrs.get("inputs") == wanted:
                 mine = found[["mask"]].load()
     if mine is None:
-        with storage.reading(static_path(site, glacier_id)) as base, open_cube(base) as static:
+        ground_path = static_path(site, glacier_id)
+        with (
+            removing_damaged(site, "elevation", "all", ground_path),
+            storage.reading(ground_path) as base,
+            open_cube(base) as static,
+        ):
             static["mask"].load()
             image = _image(site, year, row, candidates, static.odc.geobox, stamp)
             dhdt = error = None
             if len(change) and pd.notna(change["period_start"].iloc[0]):
                 start, end = int(change["period_start"].iloc[0]), int(change["period_end"].iloc[0])
                 period = next(p for p in site.region.terrain.elevation_change if (p.start, p.end) == (start, end))
-                with storage.reading(dhdt_path(site, period, glacier_id)) as local, rasterio.open(local) as source:
+                change_path = dhdt_path(site, period, glacier_id)
+                with (
+                    removing_damaged(site, "elevation_change", str(year), change_path),
+                    storage.reading(change_path) as local,
+                    rasterio.open(local) as source,
+                ):
                     dhdt = source.read(1)
                     error = source.read(2) if source.count > 1 else None
             tag = "simulated" if site.region.simulation is not None else getattr(site.region.imagery.catalog, "tag", "")

@@ -24,7 +24,8 @@ from dl4gam_assets.stages.base import (
     run_stage,
     year_fold_label,
 )
-from dl4gam_assets.stages.provenance import expect_calibrated, expect_made_from_present, expect_map
+from dl4gam_assets.stages.mending import removing_damaged
+from dl4gam_assets.stages.provenance import expect_calibrated, expect_cube, expect_made_from_present, expect_map
 from dl4gam_assets.stages.training import _threads, calibration_of, forest_path, logits_of
 from dl4gam_assets.tables import TABLES
 
@@ -51,7 +52,13 @@ def prediction_of(
             return dict(json.loads(tags["row"]))
     start = time.perf_counter()
     temperatures, hashes = calibration_of(site, fold)
-    with storage.reading(storage.cube(year, glacier_id)) as local, open_cube(local) as cube:
+    cube_path = storage.cube(year, glacier_id)
+    with (
+        removing_damaged(site, "glacier_cubes", str(year), cube_path),
+        storage.reading(cube_path) as local,
+        open_cube(local) as cube,
+    ):
+        expect_cube(site, year, glacier_id, cube.attrs)
         stream, valid = logits_of(site, cube, fold, device, threads)
         kept: list[np.ndarray] = []
         keep = (lambda p: kept.append(digits_of(p))) if site.region.inference.keep_members else None

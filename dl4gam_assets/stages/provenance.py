@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ import pandas as pd
 
 from dl4gam_assets.lineage.environment import hardware_class, record_settings, record_software, software
 from dl4gam_assets.lineage.records import Materialization, PartitionRecord
-from dl4gam_assets.settings import fingerprint
+from dl4gam_assets.settings import fingerprint, without_secrets
 from dl4gam_assets.stages import published
 from dl4gam_assets.stages.base import (
     Site,
@@ -353,8 +353,8 @@ def terrain_of(
     sets: dict[str, list[tuple[str, str, dict[str, Any]]]] = {}
     for glacier_id in ids:
         found = [
-            (asset, label, {"kind": kind, "name": Path(tile.href).name, "address": _below(root, tile.href),
-                            "checksum": tile.identity or None})
+            (asset, label, {"kind": kind, "name": Path(without_secrets(tile.href)).name,
+                            "address": _below(root, without_secrets(tile.href)), "checksum": tile.identity or None})
             for kind, asset, label, parts, stamp in layers
             for tile in _touching(site, glacier_id, parts, stamp)
         ]  # fmt: skip
@@ -456,6 +456,25 @@ def expect_made_from_present(ws: Workspace, asset: str, partition: str = "all") 
             raise UpstreamError(
                 f"{asset} [{partition}] was made before the present {upstream} [{label}]: materialize {asset} first"
             )
+
+
+def expect_cube(site: Site, year: int, glacier_id: str, attributes: Mapping[Any, Any]) -> None:
+    """A cube must be the one that the table ``cubes`` speaks of.
+
+    Raises
+    ------
+    UpstreamError
+        if its content is another: a run with other settings was stopped while it made cubes.
+    """
+    from dl4gam_assets.stages.base import cached_table
+
+    rows = cached_table(site, "cubes", year=year)
+    row = rows[rows["glacier_id"] == glacier_id]
+    if not len(row) or attributes.get("fingerprint") != row["fingerprint"].iloc[0]:
+        raise UpstreamError(
+            f"the cube {site.storage.cube(year, glacier_id).name} of {year} is not the one that the table cubes names: "
+            "materialize glacier_cubes of this year again"
+        )
 
 
 def expect_map(site: Site, year: int, fold: int, glacier_id: str, tags: dict[str, str]) -> None:

@@ -37,6 +37,7 @@ from dl4gam_assets.stages.base import (
     run_stage,
 )
 from dl4gam_assets.stages.files import changed_files, full_hash, record_files, sampled_hash
+from dl4gam_assets.stages.mending import absent_if_damaged
 from dl4gam_assets.storage import Storage, safe_name
 from dl4gam_assets.tables import rows_of
 
@@ -448,7 +449,7 @@ def cube_of(site: Site, year: int, glacier_id: str, wanted: str) -> dict[str, An
     name = _scene_id(manifest, glacier_id)
     mine = None
     if path.exists():
-        with storage.reading(path) as local, open_cube(local) as found:
+        with absent_if_damaged(path), storage.reading(path) as local, open_cube(local) as found:
             if found.attrs.get("inputs") == wanted:
                 mine = found.drop_vars("reflectance").load()
     if mine is None:

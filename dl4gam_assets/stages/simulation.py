@@ -48,10 +48,10 @@ def simulated_inputs(ws: Workspace, *, force: bool = False) -> StageResult:
                 **size,
             )
         else:
-            import geopandas as gpd
+            from dl4gam_assets.inventory.vector import read_vector
 
             raw = raw_data_root(ws.region)
-            outlines = gpd.read_file(raw / str(settings.outlines), layer=settings.outlines_layer)
+            outlines = read_vector(raw / str(settings.outlines), layer=settings.outlines_layer)
             outlines = outlines.rename(columns={settings.id_column or "glacier_id": "glacier_id"})
             summary = synthetic.drape_region(
                 folder,

@@ -30,6 +30,7 @@ from dl4gam_assets.stages.base import (
     run_stage,
 )
 from dl4gam_assets.stages.code import code_fingerprint
+from dl4gam_assets.stages.mending import absent_if_damaged, removing_damaged
 from dl4gam_assets.storage import safe_name
 from dl4gam_assets.tables import TABLES, rows_of
 
@@ -143,7 +144,7 @@ def static_of(
     path = static_path(site, glacier_id)
     mine = None
     if path.exists():
-        with storage.reading(path) as local, open_cube(local) as found:
+        with absent_if_damaged(path), storage.reading(path) as local, open_cube(local) as found:
             if found.attrs.get("inputs") == wanted:
                 mine = found.load()
     trouble = None
@@ -355,7 +356,7 @@ def elevation_change_of(
     row |= {"period_start": period.start, "period_end": period.end}
     mine = None
     if path.exists():
-        with storage.reading(path) as local, rasterio.open(local) as source:
+        with absent_if_damaged(path), storage.reading(path) as local, rasterio.open(local) as source:
             tags = source.tags()
             if tags.get("inputs") == wanted:
                 content = tags["fingerprint"]
@@ -369,7 +370,12 @@ def elevation_change_of(
         ]
         mine = values[0]
         content = fingerprint([_grid_key(grid), *(hashlib.sha256(v.tobytes()).hexdigest() for v in values)])
-    with storage.reading(static_path(site, glacier_id)) as local, open_cube(local) as static:
+    ground_path = static_path(site, glacier_id)
+    with (
+        removing_damaged(site, "elevation", "all", ground_path),
+        storage.reading(ground_path) as local,
+        open_cube(local) as static,
+    ):
         inside = cube_mask(static, "glacier")
     here = mine[inside & np.isfinite(mine)]
     summary = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import logging
 import math
 import time
 import zlib
@@ -38,6 +39,8 @@ from dl4gam_assets.stages.base import (
 from dl4gam_assets.stages.files import changed_files, full_hash, record_files
 from dl4gam_assets.storage import safe_name
 
+log = logging.getLogger("dl4gam_assets")
+
 #: Roles of glaciers in a fold, as people say them.
 ROLE_NAMES = {"train": "training", "valid": "validation", "test": "test"}
 
@@ -67,13 +70,13 @@ def _fold_cubes(ws: Workspace, fold: int, *roles: str) -> Upstream:
     """The cubes of a fold's glaciers in these roles: another image for a glacier that the fold only tests, or does not
     know, makes nothing of the fold stale."""
     baseline = str(ws.region.years.baseline)
-    ws.upstream("glacier_cubes", baseline)
+    whole = ws.upstream("glacier_cubes", baseline)
     cubes = cached_table(ws.site, "cubes", year=ws.region.years.baseline)
     folds = cached_table(ws.site, "folds")
     wanted = folds.loc[(folds["fold"] == fold) & folds["role"].isin(roles), "glacier_id"]
     mine = cubes[cubes["glacier_id"].isin(set(wanted))].sort_values("glacier_id")
     content = fingerprint([[str(g), str(f)] for g, f in zip(mine["glacier_id"], mine["fingerprint"], strict=True)])
-    return Upstream(content, "glacier_cubes", baseline, whole=False)
+    return Upstream(content, "glacier_cubes", baseline, whole=False, unfinished=whole.unfinished)
 
 
 def _stacks(site: Site, ids: list[str], year: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -219,8 +222,34 @@ def train_one(
     """Train one member and store it; goes on from its last epoch after a crash. Runs in a worker process.
 
     A member that is stored as it is wanted, but was not recorded before its run was killed, is taken as it is, unless
-    ``force``.
+    ``force``. Of several runs that want the same member one trains it while the others wait, and then take it: they
+    share its folder of states.
     """
+    with _alone(work_folder(site, fold, member, Path(packed)), fold_member_label(fold, member)):
+        return _train_alone(site, fold, member, packed, device, threads, wanted, force)
+
+
+@contextlib.contextmanager
+def _alone(work: Path, label: str) -> Iterator[None]:
+    """Hold the lock of a member's work folder; it is free as soon as its holder's process is gone, however it ended."""
+    from filelock import FileLock, Timeout
+
+    work.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{work}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info(f"ensemble_member [{label}]: another run trains it; waiting until it is done")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _train_alone(
+    site: Site, fold: int, member: int, packed: str, device: str, threads: int, wanted: str, force: bool
+) -> dict[str, Any]:
     import shutil
 
     from dl4gam_assets.segmentation import PackedCubes, save_member, train_member
@@ -462,8 +491,7 @@ def _leave_out(ws: Workspace, fold: int, member: int, wanted: str, reason: str) 
         ws.storage.table("members", {"fold": fold, "member": member}),
         *(ws.storage.model(fold, member) / name for name in ("model.json", "model.safetensors", "history.parquet")),
     ):
-        if path.exists():
-            path.unlink()
+        path.unlink(missing_ok=True)
     metadata = {"left_out": reason}
     ws.finish("ensemble_member", label, wanted, "left out", 0.0, metadata=metadata, failed=1)
     return StageResult(label, metadata)

@@ -48,9 +48,8 @@ def read_second_inventory(
     SettingsError
         if the file can not be read, or no column looks like an id.
     """
-    import pyogrio
-
     from dl4gam_assets.inventory import prepare_inventory, read_inventory
+    from dl4gam_assets.inventory.vector import vector_info
     from dl4gam_assets.starter import guess_columns
 
     if path.is_dir():
@@ -67,7 +66,7 @@ def read_second_inventory(
         names = pyarrow.parquet.read_schema(path).names
     else:
         try:
-            names = list(pyogrio.read_info(path, layer=layer)["fields"])
+            names = list(vector_info(path, layer=layer)["fields"])
         except Exception as error:
             raise SettingsError(f"{path} can not be read as vector data: {error}") from error
     columns = guess_columns(names)

@@ -56,8 +56,22 @@ FAULTS: dict[str, tuple[Callable[[Server], None], bool]] = {
 }
 
 
-@fault("bad catalogs", "a STAC API that fails", long=True)
-def failing(bench: Bench) -> dict[str, Outcome]:
+#: Those that wait: for a silent server, or between attempts that are all in vain.
+SLOW = frozenset(name for name in FAULTS if name.startswith(("no answer", "429", "500")))
+
+
+@fault("bad catalogs", "a STAC API that fails at once")
+def failing_at_once(bench: Bench) -> dict[str, Outcome]:
+    return _failing(bench, {name: made for name, made in FAULTS.items() if name not in SLOW})
+
+
+@fault("bad catalogs", "a STAC API that keeps one waiting", long=True)
+def failing_slowly(bench: Bench) -> dict[str, Outcome]:
+    outcomes = _failing(bench, {name: FAULTS[name] for name in FAULTS if name in SLOW})
+    return outcomes | {"a server that is gone": _gone(bench)}
+
+
+def _failing(bench: Bench, faults: dict[str, tuple[Callable[[Server], None], bool]]) -> dict[str, Outcome]:
     region = bench.small.region
     inputs = Path(str(bench.small.storage.inputs()))
     box = list(bench.small.storage.read_table("glaciers").total_bounds)
@@ -65,7 +79,7 @@ def failing(bench: Bench) -> dict[str, Outcome]:
     truth = [item.id for item in near.search(box, *SEASON)]
     outcomes = {}
     with serving(inputs) as server:
-        for label, (damage, passes) in FAULTS.items():
+        for label, (damage, passes) in faults.items():
             server.restore()
             catalog = StacApi(
                 kind="stac-api", url=server.url, collections=list(server.collections), page_size=3, max_items=60,
@@ -85,11 +99,18 @@ def failing(bench: Bench) -> dict[str, Outcome]:
                 outcome.expect(not passes, "an error where another attempt would do")
             outcomes[label] = outcome
         server.restore()
+    return outcomes
+
+
+def _gone(bench: Bench) -> Outcome:
+    with serving(Path(str(bench.small.storage.inputs()))) as server:
+        catalog = StacApi(kind="stac-api", url=server.url, collections=list(server.collections), timeout_s=0.5)
+    region, box = bench.small.region, list(bench.small.storage.read_table("glaciers").total_bounds)
     outcome = Outcome("")
     try:
         open_catalog(catalog, Path(), region.imagery.sensor).search(box, *SEASON)
     except Exception as error:
         outcome.said = " ".join(str(error).split())
     outcome.names(catalog.url)
-    outcomes["a server that is gone"] = outcome
-    return outcomes
+    outcome.expect(bool(outcome.said), "no error")
+    return outcome

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import datetime as dt
+import errno
 import json
 import os
 import re
@@ -22,14 +23,15 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import psutil
 
 from dl4gam_assets.compute import Mapper, close_clusters
 from dl4gam_assets.publication import query_database
-from dl4gam_assets.stages import base, publication
-from dl4gam_assets.storage import FORMAT, StoreFormatError
+from dl4gam_assets.stages import areas, base, publication
+from dl4gam_assets.storage import FORMAT, Storage, StoreFormatError
 from dl4gam_assets_tests.faults.kills import differences, forget, half_written
-from dl4gam_assets_tests.faults.table import Bench, Outcome, fault
+from dl4gam_assets_tests.faults.table import Bench, Outcome, fault, not_tried
 from dl4gam_assets_tests.small_region import Small
 
 DAC_OVERRIDE, DAC_READ_SEARCH, DROP = 1, 2, 24  # linux/capability.h, linux/prctl.h
@@ -70,7 +72,7 @@ def _recovers(outcome: Outcome, small: Small, truth: Small) -> Outcome:
 @fault("environment", "a disk that fills up in the middle of a write")
 def disk_full(bench: Bench) -> Outcome:
     """No file may grow beyond 300 kB: what the kernel does then is what it does at the end of a disk."""
-    small = bench.copy()
+    small = bench.copy(linked=("inputs",))
     forget(small.storage, "maps")
     forget(small.storage, "database")
 
@@ -87,10 +89,41 @@ def disk_full(bench: Bench) -> Outcome:
     return _recovers(outcome, small, bench.small)
 
 
+@fault("environment", "no space left while a table is written")
+def no_space(bench: Bench) -> Outcome:
+    """The kernel's own ENOSPC, on a file system of half a mebibyte. Needs the right to mount."""
+    root = bench.folder / "full"
+    root.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(root)], capture_output=True, check=False
+    )
+    if made.returncode:
+        return not_tried(made.stderr.decode().strip())
+    try:
+        store, outcome = Storage(root), Outcome("")
+        whole = bench.small.storage.read_table("areas", year=2016, fold=1).drop(columns=["year", "fold"])
+        path = store.write_table("areas", whole, {"year": 2016, "fold": 1})
+        before = Path(str(path)).read_bytes()
+        rng = np.random.default_rng(0)
+        huge = whole.iloc[np.zeros(30_000, dtype=int)].assign(glacier_id=[rng.bytes(32).hex() for _ in range(30_000)])
+        try:
+            store.write_table("areas", huge, {"year": 2016, "fold": 1})
+            outcome.expect(False, "was written all the same")
+        except OSError as error:
+            outcome.said = " ".join(str(error).split())
+            outcome.expect(error.errno == errno.ENOSPC or "No space left" in outcome.said, repr(error))
+        outcome.names("No space left")
+        outcome.expect(Path(str(path)).read_bytes() == before, "the former table is another")
+        outcome.expect(not list(root.rglob(".tmp-*")), "a temporary file is left")
+        return outcome
+    finally:
+        subprocess.run(["umount", str(root)], check=False)
+
+
 @fault("environment", "a full file system (tmpfs)", long=True)
 def tmpfs_full(bench: Bench) -> Outcome:
     """The store on a small file system of its own. Needs the right to mount."""
-    small = bench.copy()
+    small = bench.copy(linked=("inputs",))
     forget(small.storage, "maps")
     forget(small.storage, "database")
     root = Path(str(small.storage.root))
@@ -103,7 +136,9 @@ def tmpfs_full(bench: Bench) -> Outcome:
         ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(root)], capture_output=True, check=False
     )
     if made.returncode:
-        return Outcome(f"not tried: {made.stderr.decode().strip()}")
+        root.rmdir()
+        aside.rename(root)
+        return not_tried(made.stderr.decode().strip())
     try:
         subprocess.run(["cp", "-a", f"{aside}/.", str(root)], check=True)
         ballast = root / "ballast"
@@ -184,7 +219,7 @@ def _together(small: Small, truth: Small, *homes: str) -> Outcome:
 
 @fault("environment", "two runs on the same partitions at once")
 def two_runs(bench: Bench) -> Outcome:
-    small = bench.copy()
+    small = bench.copy(linked=("inputs",))
     forget(small.storage, "maps")
     return _together(small, bench.small, "", "")
 
@@ -192,7 +227,7 @@ def two_runs(bench: Bench) -> Outcome:
 @fault("environment", "two machines on one store")
 def two_machines(bench: Bench) -> Outcome:
     """Each with a Dagster instance of its own, so that no pool keeps them apart."""
-    small = bench.copy()
+    small = bench.copy(linked=("inputs",))
     forget(small.storage, "maps")
     homes = [bench.folder / name for name in ("one", "two")]
     for home in homes:
@@ -260,6 +295,38 @@ def clock(bench: Bench) -> Outcome:
         outcome.expect(False, text)
     third = small.run()
     outcome.expect(third.timings == [], f"made a third time: {[t.assets for t in third.timings]}")
+    # One partition is made again beside one from the future, by a clock that is behind: it is read, not remembered.
+    site, part = small.workspace().site, {"year": 2016, "fold": 1}
+    file = Path(str(small.storage.table("areas", part)))
+    rows = base.cached_table(site, "areas", **part)
+    small.storage.write_table("areas", rows.assign(area_km2=rows["area_km2"] + 1).drop(columns=list(part)), part)
+    os.utime(file, (0, 0))
+    now = base.cached_table(site, "areas", **part)["area_km2"]
+    outcome.expect(bool((now == rows["area_km2"] + 1).all()), "an older table is remembered")
+    return outcome
+
+
+@fault("environment", "a damaged cube and a damaged map")
+def bit_rot(bench: Bench) -> Outcome:
+    """The disk lost a block of each: one run names and removes them, the next makes them again."""
+    small = bench.copy(linked=("inputs",))
+    root = Path(str(small.storage.root))
+    tested = small.storage.read_table("predictions", year=2016, fold=1)["glacier_id"].tolist()
+    cube, mapped = Path(str(small.storage.cube(2016, tested[0]))), Path(str(small.storage.prediction(2016, tested[1])))
+    for file in (cube, mapped):
+        content = file.read_bytes()
+        third = len(content) // 3
+        file.write_bytes(content[:third] + bytes(third) + content[2 * third :])
+    areas.glacier_areas(small.workspace(), 2016, 1, force=True)
+    told = small.storage.read_table("failures", stage="glacier_areas", partition="2016.fold_1")
+    outcome = Outcome(" ".join(told["error"].iloc[0].split()) if len(told) else "")
+    outcome.names("was damaged", "makes it again", str(root))
+    outcome.expect(set(told["glacier_id"]) == {tested[0], tested[1]}, f"failures: {told['glacier_id'].tolist()}")
+    outcome.expect(not cube.exists() and not mapped.exists(), "a damaged file is left in its place")
+    made = small.run()
+    outcome.expect(made.failed == [], f"fails: {made.failed}")
+    for text in differences(small.storage, bench.small.storage):
+        outcome.expect(False, text)
     return outcome
 
 
@@ -273,6 +340,7 @@ def _at_work_alone(folder: str, key: int) -> int:
             others = [p for p in Path(folder).iterdir() if p != mine and psutil.pid_exists(int(p.name.split("-")[1]))]
             if others:
                 mine.unlink()
+                (Path(folder).parent / f"{Path(folder).name}-ran-out").touch()
                 os.kill(os.getpid(), signal.SIGKILL)
     finally:
         mine.unlink(missing_ok=True)
@@ -287,11 +355,23 @@ def _allocates_alone(folder: str, key: int) -> int:
     mine.touch()
     try:
         time.sleep(0.1)
-        if len(list(Path(folder).iterdir())) > 1:
+        if len([p for p in Path(folder).iterdir() if p.name != "ran-out"]) > 1:
+            (Path(folder) / "ran-out").touch()
             np.ones((1 << 46,))  # 512 TiB
         time.sleep(0.1)
     finally:
         mine.unlink(missing_ok=True)
+    return key
+
+
+def _allocates_later(folder: str, key: int) -> int:
+    """In one process: too much for as long as the first tasks' memory is not given back."""
+    import numpy as np
+
+    first = Path(folder) / "ran-out"
+    if key == 2 and not first.exists():
+        first.touch()
+        np.ones((1 << 46,))  # 512 TiB
     return key
 
 
@@ -300,12 +380,14 @@ def memory(bench: Bench) -> Outcome:
     """What failed for want of memory beside others is done again alone."""
     outcome = Outcome("done again, one at a time")
     try:
-        for function in (_at_work_alone, _allocates_alone):
+        for function, workers in ((_at_work_alone, 2), (_allocates_alone, 2), (_allocates_later, 1)):
             folder = bench.folder / function.__name__
             folder.mkdir()
-            done = list(Mapper(2).map(function, [(str(k), (str(folder), k)) for k in range(6)]))
+            done = list(Mapper(workers).map(function, [(str(k), (str(folder), k)) for k in range(6)]))
             wrong = [(d.key, d.error) for d in done if not d.ok or d.value != int(d.key)]
             outcome.expect(len(done) == 6 and not wrong, f"{function.__name__}: {wrong}")
+            marks = (folder / "ran-out", folder.with_name(f"{folder.name}-ran-out"))
+            outcome.expect(any(mark.exists() for mark in marks), f"{function.__name__}: memory never ran out")
     finally:
         close_clusters()
     return outcome

@@ -9,6 +9,8 @@ from __future__ import annotations
 import datetime as dt
 import io
 import json
+import shutil
+import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,18 +19,21 @@ from typing import Any
 import geopandas as gpd
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pystac
 import rasterio
 import shapely
 import torch
 from odc.geo.geobox import GeoBox
 
-from dl4gam_assets.imagery.catalogs import CatalogError, _item, open_catalog, write_items
+from dl4gam_assets.imagery.catalogs import CatalogError, _item, open_catalog, read_items
 from dl4gam_assets.imagery.ranking import read_overrides
 from dl4gam_assets.imagery.reading import read_image
 from dl4gam_assets.imagery.sources import SceneError, forget_files
-from dl4gam_assets.inventory import read_inventory
-from dl4gam_assets.inventory.reading import read_date
+from dl4gam_assets.inventory import read_inventory, sgi
+from dl4gam_assets.inventory.debris import read_debris
+from dl4gam_assets.inventory.reading import outline_mask, read_date
 from dl4gam_assets.published import (
     PublishedFileError,
     channels_of,
@@ -36,9 +41,11 @@ from dl4gam_assets.published import (
     read_splits,
     read_statistics,
     read_weights,
+    unpack_cubes,
 )
 from dl4gam_assets.segmentation.files import ModelFileError, load_member
 from dl4gam_assets.settings import (
+    DebrisSource,
     ImagerySettings,
     InventoryColumns,
     InventorySettings,
@@ -50,6 +57,8 @@ from dl4gam_assets.settings import (
     load_region,
 )
 from dl4gam_assets.storage import DamagedFileError, Storage, StoreFormatError
+from dl4gam_assets.terrain import read_elevation, read_mosaic, read_velocity
+from dl4gam_assets.terrain.tiles import Tile, describe
 
 SENSOR = SensorSettings(bands={"red": "red"}, scale=0.0001, offset=0.0, nodata=0)
 CATALOG = {"type": "Catalog", "stac_version": "1.0.0", "id": "c", "description": "d", "links": []}
@@ -74,7 +83,8 @@ def _inventory_file(folder: Path, suffix: str) -> bytes:
     if suffix == ".parquet":
         frame.to_parquet(path)
     else:
-        frame.to_file(path, driver={".geojson": "GeoJSON", ".gpkg": "GPKG"}[suffix])
+        drivers = {".geojson": "GeoJSON", ".gpkg": "GPKG", ".fgb": "FlatGeobuf", ".kml": "KML", ".gml": "GML"}
+        frame.to_file(path, driver=drivers[suffix])
     return path.read_bytes()
 
 
@@ -86,8 +96,16 @@ def _checkpoint() -> bytes:
 
 
 def _items_file(item: dict[str, Any], folder: Path) -> bytes:
+    """A stac-geoparquet file of one item."""
+    shape = shapely.geometry.shape(item["geometry"])
+    row = {
+        "id": item["id"], "geometry": shape.wkb, "assets": {"red": {"href": item["assets"]["red"]["href"]}},
+        "bbox": dict(zip(("xmin", "ymin", "xmax", "ymax"), map(float, item["bbox"]), strict=True)),
+        "datetime": dt.datetime(2016, 8, 14, 10, 20, 30, tzinfo=dt.UTC),
+    }  # fmt: skip
     path = folder / "items.parquet"
-    write_items([pystac.Item.from_dict(item)], ["red"], path)
+    pq.write_table(pa.Table.from_pylist([row]), path)
+    assert len(_read_geoparquet(path)) == 1
     return path.read_bytes()
 
 
@@ -141,6 +159,59 @@ def _read_scene(path: Path) -> Any:
     return read_image([item], ImagerySettings(sensor=SENSOR, catalog=StacFolder(path="unused")), GEOBOX)
 
 
+def _read_index(path: Path) -> Any:
+    """A stored search: JSON, an item a line."""
+    return read_items(path).search((8, 46, 9, 47), dt.date(2016, 7, 1), dt.date(2016, 9, 30))
+
+
+def _read_tile(reader: Callable[[list[Tile], GeoBox], Any]) -> Callable[[Path], Any]:
+    """A tile of a DEM, of dh/dt or of velocities on a glacier's grid."""
+    return lambda path: reader([describe(str(path))], GEOBOX)
+
+
+def _outlines() -> gpd.GeoDataFrame:
+    box = shapely.box(8.001, 46.001, 8.009, 46.009)
+    return gpd.GeoDataFrame({"glacier_id": ["a"], "utm_epsg": [32632]}, geometry=[box], crs=4326)
+
+
+def _read_debris(value: int | None) -> Callable[[Path], Any]:
+    return lambda path: read_debris([DebrisSource(path=path.name, raster_value=value)], path.parent, _outlines())
+
+
+def _read_archive(path: Path) -> Any:
+    """An archive of cubes; nothing may appear beside the folder that it is unpacked to."""
+    before = set(path.parent.iterdir())
+    try:
+        return unpack_cubes(path, path.parent / "unpacked")
+    finally:
+        shutil.rmtree(path.parent / "unpacked", ignore_errors=True)
+        assert set(path.parent.iterdir()) == before, "written outside"
+
+
+def _archive() -> bytes:
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as tar:
+        for name in ("cubes/a/2016-08-14.nc", "cubes/b/2016-08-14.nc"):
+            entry = tarfile.TarInfo(name)
+            entry.size = 600
+            tar.addfile(entry, io.BytesIO(bytes(range(200)) * 3))
+    return content.getvalue()
+
+
+def _read_swiss(path: Path) -> Any:
+    """The table of the Swiss inventory, beside its other raw files."""
+    return sgi.read_raw(path.parent)
+
+
+def _swiss_file(name: str, folder: Path) -> bytes:
+    """One of the raw files of the Swiss inventory; all of them are made in the folder."""
+    frame = gpd.GeoDataFrame({"sgi-id": ["A1"], "name": ["a"]}, geometry=[shapely.box(0, 0, 9, 9)], crs=2056)
+    for file in (sgi.BODIES, sgi.DIVIDES, sgi.LOCATIONS):
+        frame.to_file(folder / file, driver="GPKG")
+    (folder / sgi.ATTRIBUTES).write_text("sgi-id,name,year_acq,area_km2\nA1,a,2016,1.5\n")
+    return (folder / name).read_bytes()
+
+
 def _read_member(path: Path) -> Any:
     return load_member(Storage(path.parent), Storage(path.parent).root)
 
@@ -157,7 +228,7 @@ def parsers(folder: Path, member: Path | None = None) -> dict[str, Parser]:
     overrides = "glacier_id,year,date,remark\na,2016,2016-08-14,clear\nb,2016,reject,snow\n"
     found = {
         f"inventory{suffix}": Parser(_inventory_file(folder, suffix), f"i{suffix}", _read_inventory, (SettingsError,))
-        for suffix in (".parquet", ".geojson", ".gpkg")
+        for suffix in (".parquet", ".geojson", ".gpkg", ".fgb", ".kml", ".gml")
     }
     found |= {
         "date": Parser(b"2015-08-29", "d.txt", lambda p: read_date(p.read_bytes().decode("latin-1")), ()),
@@ -191,6 +262,20 @@ def parsers(folder: Path, member: Path | None = None) -> dict[str, Parser]:
             lambda p: channels_of(read_settings(p)), (PublishedFileError,),
         ),
         "checkpoint.ckpt": Parser(_checkpoint(), "c.ckpt", read_weights, (PublishedFileError,)),
+    }  # fmt: skip
+    found |= {
+        "items.jsonl": Parser(json.dumps(item).encode() + b"\n", "i.jsonl", _read_index, (CatalogError,)),
+        "dem.tif": Parser(_tif(folder), "dem.tif", _read_tile(read_elevation), (OSError,)),
+        "dhdt.tif": Parser(_tif(folder), "dhdt.tif", _read_tile(read_mosaic), (OSError,)),
+        "velocity.tif": Parser(_tif(folder), "v.tif", _read_tile(read_velocity), (OSError,)),
+        "debris.gpkg": Parser(_inventory_file(folder, ".gpkg"), "d.gpkg", _read_debris(None), (SettingsError,)),
+        "debris.tif": Parser(_tif(folder), "d.tif", _read_debris(7), (SettingsError,)),
+        "reference.gpkg": Parser(
+            _inventory_file(folder, ".gpkg"), "r.gpkg", lambda p: outline_mask(p, None, GEOBOX), (SettingsError,)
+        ),
+        "cubes.tar": Parser(_archive(), "c.tar", _read_archive, (PublishedFileError,)),
+        "swiss.csv": Parser(_swiss_file(sgi.ATTRIBUTES, folder), sgi.ATTRIBUTES, _read_swiss, (SettingsError,)),
+        "swiss.gpkg": Parser(_swiss_file(sgi.DIVIDES, folder), sgi.DIVIDES, _read_swiss, (SettingsError,)),
     }  # fmt: skip
     if member is not None:
         for name in ("model.json", "model.safetensors"):

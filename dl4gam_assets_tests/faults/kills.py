@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from dl4gam_assets.stages import areas
+from dl4gam_assets.stages.base import UpstreamError
 from dl4gam_assets.storage import Storage
 from dl4gam_assets.tables import TABLES
 from dl4gam_assets_tests.faults.table import Bench, Outcome, fault
@@ -133,19 +136,94 @@ def _raise(text: str) -> None:
 
 
 def differences(store: Storage, truth: Storage) -> list[str]:
-    """Tables and weights that are not those of the undisturbed store."""
+    """What is not as in the undisturbed store: tables, weights, pixels of cubes and maps, the database, pages."""
+    mine, theirs = Path(str(store.root)), Path(str(truth.root))
     wrong = []
+    for pattern, same in COMPARED.items():
+        names = [{f.relative_to(root) for f in root.glob(pattern)} for root in (mine, theirs)]
+        wrong += [f"only in {where}: {n}" for where, ns in (("it", names[0] - names[1]), ("the undisturbed store",
+                  names[1] - names[0])) for n in sorted(ns)]  # fmt: skip
+        wrong += [f"{n} is another" for n in sorted(names[0] & names[1]) if not _same(same, mine / n, theirs / n)]
     for name in TABLES:
-        if name in ("lineage", "lineage_sources", "settings", "software"):  # name runs and times
+        if name in ABOUT_RUNS:
             continue
         mine, theirs = (_plain(s.read_table(name)) for s in (store, truth))
         if not mine.equals(theirs):
             wrong.append(f"table {name}: {len(mine)} rows, {len(theirs)} undisturbed")
-    for file in Path(str(truth.root)).glob("models/**/model.safetensors"):
-        other = Path(str(store.root)) / file.relative_to(Path(str(truth.root)))
-        if not other.exists() or other.read_bytes() != file.read_bytes():
-            wrong.append(f"weights {file.relative_to(Path(str(truth.root)))}")
     return wrong
+
+
+def _same(compare: Callable[[Path, Path], bool], mine: Path, theirs: Path) -> bool:
+    try:
+        return compare(mine, theirs)
+    except Exception:  # a file that can not be read is not the same
+        return False
+
+
+def _same_bytes(mine: Path, theirs: Path) -> bool:
+    return mine.read_bytes() == theirs.read_bytes()
+
+
+def _same_cube(mine: Path, theirs: Path) -> bool:
+    import xarray as xr
+
+    with xr.open_dataset(mine, engine="netcdf4") as one, xr.open_dataset(theirs, engine="netcdf4") as other:
+        return bool(one.equals(other))
+
+
+def _same_pixels(mine: Path, theirs: Path) -> bool:
+    import rasterio
+
+    with rasterio.open(mine) as one, rasterio.open(theirs) as other:
+        return one.profile == other.profile and np.array_equal(one.read(), other.read(), equal_nan=True)
+
+
+def _same_database(mine: Path, theirs: Path) -> bool:
+    """Every table that is not about runs and times, row by row, without the columns that are."""
+    import duckdb
+
+    with duckdb.connect(str(mine), read_only=True) as one, duckdb.connect(str(theirs), read_only=True) as other:
+        names = [sorted(row[0] for row in c.sql("show tables").fetchall()) for c in (one, other)]
+        if names[0] != names[1]:
+            return False
+        for name in set(names[0]) - ABOUT_RUNS:
+            columns = [row[0] for row in one.sql(f'describe "{name}"').fetchall()]
+            kept = [c for c in columns if c not in WHEN and not c.endswith("_seconds")]
+            if not kept:
+                continue
+            rows = [
+                sorted(map(str, c.sql(f"select {', '.join(f'{k!r}'.replace(chr(39), chr(34)) for k in kept)} from "
+                                      f'"{name}"').fetchall()))
+                for c in (one, other)
+            ]  # fmt: skip
+            if rows[0] != rows[1]:
+                return False
+    return True
+
+
+def _same_page(mine: Path, theirs: Path) -> bool:
+    """Reports, without days, times and ids of runs."""
+    texts = []
+    for file in (mine, theirs):
+        text = file.read_text(encoding="utf-8")
+        text = re.sub(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d(\.\d+)?)?", "TIME", text)
+        text = re.sub(r"\b[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\b|\b[0-9a-f]{12,64}\b", "ID", text)
+        texts.append(re.sub(r"\d+(\.\d+)? (s|seconds|minutes)\b", "SPAN", text))
+    return texts[0] == texts[1]
+
+
+#: Tables that name runs and times.
+ABOUT_RUNS = {"lineage", "lineage_sources", "settings", "software", "runs", "materializations"}
+#: Files below a store -> whether two of them say the same.
+COMPARED: dict[str, Callable[[Path, Path], bool]] = {
+    "models/**/model.safetensors": _same_bytes,
+    "cubes/*/*.nc": _same_cube,
+    "static/*.nc": _same_cube,
+    "predictions/*/*.tif": _same_pixels,
+    "dhdt/*/*.tif": _same_pixels,
+    "results.duckdb": _same_database,
+    "reports/*.html": _same_page,
+}
 
 
 def _plain(frame: pd.DataFrame) -> pd.DataFrame:
@@ -169,7 +247,7 @@ def killed(small: Small, truth: Storage, work: str, kills: int, seed: int, secon
     """
     result, rng = Result(work), random.Random(seed)
     forget(small.storage, work)
-    while result.kills < kills and result.late < 2 * kills:
+    while result.kills < kills and result.late < 3 * kills + 5:
         process, begin = start(small), time.monotonic()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=rng.uniform(0.1, 1.0) * seconds)
@@ -186,9 +264,12 @@ def killed(small: Small, truth: Storage, work: str, kills: int, seed: int, secon
     if last.returncode:
         result.wrong.append(f"the last run ended with {last.returncode}")
     result.wrong += differences(small.storage, truth)
-    small.storage.remove_stale(older_than_s=0)
-    left = [p for p in Path(str(small.storage.root)).rglob(".tmp-*")]
-    return result if not left else Result(work, result.kills, result.late, [*result.wrong, f"{len(left)} leftovers"])
+    left = [p.name for p in Path(str(small.storage.root)).rglob(".tmp-*")]
+    if left:
+        result.wrong.append(f"{len(left)} leftovers after a run that was not killed: {left[:3]}")
+    if result.kills != kills:
+        result.wrong.append(f"{result.kills} kills of {kills} met a run at work")
+    return result
 
 
 #: Kills of `make faults`, in all.
@@ -197,15 +278,74 @@ KILLS = 100
 
 def _attempt(work: str, number: int) -> Callable[[Bench], Outcome]:
     def attempt(bench: Bench) -> Outcome:
-        copy = bench.copy()
+        copy = bench.copy(linked=("inputs",))
         forget(copy.storage, work)
         begin = time.monotonic()
         start(copy).wait(timeout=900)
         seconds = time.monotonic() - begin
         result = killed(copy, bench.small.storage, work, -(-KILLS // len(WORK)), number, seconds)
-        return Killed(f"a run of {seconds:.0f} s, {result.late} kills too late", result.wrong, result.kills)
+        return Killed(f"a run of {seconds:.0f} s, {result.late} kills too late", result.wrong, times=result.kills)
 
     return attempt
+
+
+#: Stops a process in the middle of work: after a table was written, or the first file of a suffix.
+_STOP_IN = """
+import contextlib, os, signal, sys
+from pathlib import Path
+from dl4gam_assets.compute import Mapper
+from dl4gam_assets.settings import load_region
+from dl4gam_assets.stages import predictions
+from dl4gam_assets.stages.base import Workspace
+from dl4gam_assets.stages import areas
+from dl4gam_assets.stages.base import UpstreamError
+from dl4gam_assets.storage import Storage
+
+home, after = sys.argv[1:]
+writing = Storage.writing
+
+@contextlib.contextmanager
+def stopping(self, path):
+    with writing(self, path) as temporary:
+        yield temporary
+    if after in str(path):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Storage.writing = stopping
+ws = Workspace(load_region(f"{home}/small.yaml"), Storage(f"{home}/small"), Mapper(1))
+predictions.glacier_predictions(ws, 2016, 1)
+"""
+
+
+@fault("kill -9", "under other settings, then back")
+def back(bench: Bench) -> dict[str, Outcome]:
+    """A run with another threshold is killed after one map, or after its table: the former settings find nothing of it.
+
+    What was written under the other settings must not be taken for current, nor be read by what comes after.
+    """
+    small = bench.copy(linked=("inputs",))
+    before = small.yaml.read_text()
+    outcomes = {}
+    for label, after in (("after one map", ".tif"), ("after the table", "tables/predictions/")):
+        small.change(inference__threshold=0.9)
+        command = [sys.executable, "-c", _STOP_IN, str(small.home), after]
+        died = subprocess.run(command, check=False, capture_output=True).returncode
+        outcome = Outcome("the next run makes it again; what is made from it waits")
+        outcome.expect(died == -signal.SIGKILL, f"the run with other settings ended with {died}")
+        outcome.expect(bool(differences(small.storage, bench.small.storage)), "the run that was killed changed nothing")
+        small.yaml.write_text(before)
+        small.region = bench.small.region
+        try:
+            areas.glacier_areas(small.workspace(), 2016, 1, force=True)
+            outcome.expect(False, "areas are made from maps of other settings")
+        except UpstreamError as error:
+            outcome.expect("glacier_predictions" in str(error), str(error))
+        made = small.run()
+        outcome.expect(made.failed == [], f"fails: {made.failed}")
+        for text in differences(small.storage, bench.small.storage):
+            outcome.expect(False, text)
+        outcomes[f"under other settings, then back: {label}"] = outcome
+    return outcomes
 
 
 @dataclass

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,10 +19,12 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 
+from dl4gam_assets.segmentation.files import ModelFileError, load_member
 from dl4gam_assets.stages import areas, predictions, training
 from dl4gam_assets.stages.base import StageResult
+from dl4gam_assets.storage import Storage
 from dl4gam_assets_tests.faults.kills import differences
-from dl4gam_assets_tests.faults.table import Bench, Outcome, fault
+from dl4gam_assets_tests.faults.table import Bench, Outcome, fault, not_tried
 
 YEAR, FOLD = 2016, 1
 
@@ -165,6 +168,44 @@ def damaged(bench: Bench) -> dict[str, Outcome]:
     return outcomes
 
 
+#: Damages that get as far as the reader of weights, where nobody holds a hash against them.
+UNHASHED: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
+    "truncated safetensors": (_truncated, ("model.safetensors",)),
+    "a pickle renamed": (_pickle, ("model.safetensors",)),
+    "another channel count": (_other_channels, ("model.safetensors",)),
+    "weights that are NaN": (_careful_nan, ("model.safetensors", "no numbers")),
+    "weights are gone": (_gone, ("model.safetensors",)),
+}
+
+
+@fault("bad models", "damaged members, read without a hash")
+def unhashed(bench: Bench) -> dict[str, Outcome]:
+    """The hash of the manifest stops most of the above; here the reader itself has to."""
+    outcomes = {}
+    for number, (label, (damage, words)) in enumerate(UNHASHED.items()):
+        storage = Storage(bench.folder / str(number))
+        folder = Path(str(storage.model(FOLD, 1)))
+        shutil.copytree(str(bench.small.storage.model(FOLD, 1)), folder)
+        load_member(storage, storage.model(FOLD, 1))
+        damage(folder)
+        _forget_hash(folder)
+        outcome = Outcome("")
+        try:
+            load_member(storage, storage.model(FOLD, 1))
+            outcome.expect(False, "is taken for a member")
+        except ModelFileError as error:
+            outcome.said = " ".join(str(error).split())
+        outcome.names(*words)
+        outcome.expect(not (folder / "exploded").exists(), "the pickle was executed")
+        outcomes[f"without a hash: {label}"] = outcome
+    return outcomes
+
+
+def _forget_hash(folder: Path) -> None:
+    if (folder / "model.safetensors").exists():
+        _agree(folder)
+
+
 @fault("bad models", "a member that diverges")
 def diverges(bench: Bench) -> Outcome:
     """It is stopped and named; the ensemble goes on with the others where the settings allow it, and else waits."""
@@ -204,7 +245,7 @@ def no_validation(bench: Bench) -> Outcome:
 @fault("bad models", "no GPU where one was asked for")
 def no_gpu(bench: Bench) -> Outcome:
     if torch.cuda.is_available():
-        return Outcome("this machine has one")
+        return not_tried("this machine has one")
     small = bench.copy(without=("inputs", "packed", "candidates", "reports", "stac"))
     ws = small.workspace()
     ws.device = "cuda"

@@ -7,6 +7,7 @@ Does not belong here: the faults (one module a group).
 from __future__ import annotations
 
 import re
+import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -25,6 +26,12 @@ class Outcome:
 
     said: str  # the one message that a user gets: an error, or the row of a glacier in `failures`
     lost: list[str] = field(default_factory=list)  # wrong numbers, missing rows, silent errors; empty: contained
+    untried: bool = False  # this machine does not allow it; ``said`` says why. Neither contained nor lost
+
+    @property
+    def verdict(self) -> str:
+        """The column "contained" of the table."""
+        return "no" if self.lost else "not tried" if self.untried else "all"
 
     def expect(self, holds: bool, otherwise: str) -> None:
         if not holds:
@@ -38,6 +45,11 @@ class Outcome:
         self.expect("Traceback" not in self.said, "the message is a traceback")
 
 
+def not_tried(why: str) -> Outcome:
+    """The outcome of a fault that this machine can not have."""
+    return Outcome(why, untried=True)
+
+
 @dataclass(frozen=True)
 class Bench:
     """What a fault works with: an undisturbed store (read it), and a folder of its own."""
@@ -45,8 +57,13 @@ class Bench:
     small: Small
     folder: Path
 
-    def copy(self, *, without: tuple[str, ...] = ()) -> Small:
-        """The undisturbed region in a store that may be changed, without some of its folders."""
+    def copy(self, *, without: tuple[str, ...] = (), linked: tuple[str, ...] = ()) -> Small:
+        """The undisturbed region in a store that may be changed, without some of its folders.
+
+        Files of the folders in ``linked`` are the undisturbed ones under a second name (they take no room): for faults
+        that do not change them, not even their times or permissions.
+        """
+        import os
         import shutil
 
         made = Small(self.folder / "copy")
@@ -56,7 +73,7 @@ class Bench:
                 continue
             target = Path(str(made.storage.root)) / entry.name
             if entry.is_dir():
-                shutil.copytree(entry, target)
+                shutil.copytree(entry, target, copy_function=os.link if entry.name in linked else shutil.copy2)
             else:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(entry, target)
@@ -117,10 +134,13 @@ def rows(small: Small, folder: Path, wanted: list[Fault]) -> Iterator[tuple[Faul
         own = folder / f"{number:03d}"
         own.mkdir(parents=True)
         outcomes = tried(one, Bench(small, own))
+        shutil.rmtree(own, ignore_errors=True)  # a store of its own each: together they would fill a disk
         for name, outcome in outcomes.items():
             yield one, name, outcome, (time.monotonic() - begin) / len(outcomes)
 
 
+#: Verdict -> what the line of progress says.
+WORDS = {"all": "contained", "no": "LOST", "not tried": "not tried"}
 MARK = "<!-- the table of `make faults` -->\n"
 
 
@@ -162,7 +182,8 @@ def main() -> None:
     wanted = [one for one in all_faults() if choice.only.lower() in one.label.lower()]
     console = Console()
     table = Table("fault", "tried", "contained", "lost", "what the user is told", show_lines=False)
-    lost = 0
+    lost = untried = 0
+    begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="dl4gam-faults-") as name:
         small = Small(Path(name) / "undisturbed")
         console.print("making the undisturbed store ...")
@@ -173,14 +194,18 @@ def main() -> None:
                 table.add_section()
                 table.add_row(f"[bold]{one.group}[/bold]", "", "", "", "")
                 group = one.group
-            times, well = getattr(outcome, "times", 1), "all" if not outcome.lost else "no"
+            times, well = 0 if outcome.untried else getattr(outcome, "times", 1), outcome.verdict
             missing, said = "; ".join(outcome.lost)[:400] or "nothing", outcome.said.replace(name, "...")[:240]
             table.add_row(label, str(times), well, missing, said)
             told.append((one.group, label, str(times), well, missing, said))
-            console.print(f"{one.group}: {label}: {'contained' if not outcome.lost else 'LOST'} ({seconds:.0f} s)")
+            console.print(f"{one.group}: {label}: {WORDS[well]} ({seconds:.0f} s)")
             lost += bool(outcome.lost)
+            untried += outcome.untried
     console.print(table)
     if choice.page is not None:
         write_page(choice.page, told)
-    console.print(f"{lost} faults with a loss")
+    minutes = (time.monotonic() - begin) / 60
+    console.print(
+        f"{len(told)} faults in {minutes:.0f} minutes: {lost} with a loss, {untried} not tried on this machine"
+    )
     raise SystemExit(1 if lost else 0)

@@ -23,6 +23,8 @@ PIECES = [
 NAMES = [
     "inventory.parquet", "inventory.geojson", "inventory.gpkg", "date", "overrides.csv", "region.yaml", "item.json",
     "catalog.json", "linked-item.json", "items.parquet", "state.json", "store.json", "scene.tif", "model.json",
+    "inventory.fgb", "inventory.kml", "inventory.gml", "items.jsonl", "dem.tif", "dhdt.tif", "velocity.tif",
+    "debris.gpkg", "debris.tif", "reference.gpkg", "cubes.tar", "swiss.csv", "swiss.gpkg",
     "model.safetensors", "splits.csv", "statistics.csv", "settings.yaml", "checkpoint.ckpt",
 ]  # fmt: skip
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -321,3 +322,28 @@ def test_workers_of_a_cluster_take_a_gpu_each() -> None:
     finally:
         close_clusters()
     assert {v[0] for v in values} == {"cuda:0", "cuda:1"} and {v[1] for v in values} == {"cpu"}
+
+
+def test_one_run_at_a_time_works_on_a_member(tmp_path: Path) -> None:
+    """Another run waits for the one that trains the member, and is let in by a kill -9 of it at the latest."""
+    work = tmp_path / "work" / "member=01"
+    hold = (
+        "import sys, time; from pathlib import Path; from dl4gam_assets.stages import training\n"
+        "with training._alone(Path(sys.argv[1]), 'fold_1.member_01'):\n    print('held', flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", hold, str(work)], stdout=subprocess.PIPE) as first:
+        assert first.stdout is not None and first.stdout.readline() == b"held\n"
+        let_in = threading.Event()
+
+        def second() -> None:
+            with training._alone(work, "fold_1.member_01"):
+                let_in.set()
+
+        waiting = threading.Thread(target=second, daemon=True)
+        waiting.start()
+        assert not let_in.wait(1.0)
+        first.send_signal(signal.SIGKILL)
+        assert let_in.wait(60)
+        waiting.join(timeout=60)
+    with training._alone(work.with_name("member=02"), "fold_1.member_02"), training._alone(work, "fold_1.member_01"):
+        pass
