@@ -158,16 +158,17 @@ def regional_changes(
       the kept sample leans towards large ones: compare with ``measured``.
     - ``extrapolated``: every glacier of the inventory (published): measured where it passes the filter, otherwise the
       law of relative rate against area (:func:`fit_rate_law`), starting from the inventory area at the inventory date.
-    - ``extrapolated_without_snr``: the same with the recall filter only: free of the lean above, at the price of
-      noisier glaciers.
+    - ``extrapolated_without_snr``: the same with the filter's other flags only (published: recall): free of the lean
+      above, at the price of noisier glaciers.
 
     Rates are sums of the glaciers' own rates. Deviations are combined over glaciers for each of the two times
     (:class:`~dl4gam_assets.change.correlation.ErrorCorrelation`: settings.between_glacier_correlation and
     correlation_length_km, both kept in the row), and over time in quadrature. A rate from the law
     is given half its variance at each time. Percentages are of the summed baseline area, whose own error is left out.
     Sizes are classes of the inventory area. Groups without any glacier of a method have ``n_glaciers`` 0 and nulls.
-    In the baseline year rates are null; a glacier that was not measured then, or missed the recall filter, enters the
-    extrapolated totals with its inventory area and the relative deviation of its size class.
+    In the baseline year rates are null; a glacier that was not measured then, or has a flag of the filter that one
+    image can raise (recall, cloud, filled), enters the extrapolated totals with its inventory area and the relative
+    deviation of its size class.
 
     Parameters
     ----------
@@ -283,10 +284,11 @@ def _year_estimates(
     measured["e0"] = measured["s0"] / np.abs(t)
     measured["e1"] = measured["s1"] / np.abs(t)
     ok = rows["ok"].to_numpy(dtype=bool)
-    recalled = rows["recall"].to_numpy(dtype=float) >= settings.recall_min
+    raised = [rows[f"flag_{name}"].to_numpy(dtype=bool) for name in settings.filter if name != "snr"]
+    without_snr = ~np.logical_or.reduce(raised) if raised else np.ones(len(rows), dtype=bool)
     time = _time_of(inventory, rows, areas, settings, year, baseline_year)
     estimates = {"measured": measured, "filtered": measured[ok]}
-    for method, keep in (("extrapolated", ok), ("extrapolated_without_snr", recalled)):
+    for method, keep in (("extrapolated", ok), ("extrapolated_without_snr", without_snr)):
         good = measured[keep]
         law = fit_rate_law(
             inventory.loc[good.index, "area"].to_numpy(),
@@ -354,7 +356,14 @@ def _baseline_estimates(
         index=rows.index,
     )
     measured[["a1", "s1"]] = measured[["a0", "s0"]]
-    good = measured[rows["recall"].to_numpy(dtype=float) >= settings.recall_min]
+    of_one_image = rows.reindex(columns=["recall", "usable_share", "filled_share"]).astype(float)
+    stopped = {  # an unknown share raises no flag; an unknown recall does, as in `area_changes`
+        "recall": ~(of_one_image["recall"] >= settings.recall_min),
+        "cloud": of_one_image["usable_share"] < settings.usable_min,
+        "filled": of_one_image["filled_share"] > settings.filled_max,
+    }
+    bad = [flag.to_numpy() for name, flag in stopped.items() if name in settings.filter]
+    good = measured[~np.logical_or.reduce(bad)] if bad else measured
     rest = inventory.drop(good.index)
     relative = _relative_std(inventory, good)
     borrowed = pd.DataFrame({"a0": rest["area"], "measured": False}, index=rest.index)

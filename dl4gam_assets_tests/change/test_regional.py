@@ -141,6 +141,25 @@ def test_the_filter_and_the_method_without_it() -> None:
     assert region.loc["measured", "rate_pct_per_year"] > -3.2
 
 
+@pytest.mark.parametrize(
+    ("chosen", "kept"),
+    [(["snr", "recall"], 4), (["snr"], 5), (["snr", "recall", "cloud"], 3), (["snr", "growth", "filled"], 3), ([], 5)],
+)
+def test_without_the_snr_filter_all_others_that_were_chosen_stay(chosen: list[str], kept: int) -> None:
+    """Glaciers: one calm and good, and one each for recall, cloud, filled and growth."""
+    inventory = inventory_of(np.full(5, 1.0))
+    baseline = areas_of(inventory, 2015, np.full(5, 1.0), np.full(5, 0.01))
+    baseline["recall"] = [1.0, 0.5, 1.0, 1.0, 1.0]
+    areas = areas_of(inventory, 2019, np.array([0.999, 0.8, 0.8, 0.8, 1.2]), np.full(5, 0.01))
+    areas = areas.assign(usable_share=[1, 1, 0.1, 1, 1], filled_share=[0, 0, 0, 0.9, 0])
+    settings = WHOLE.model_copy(update={"filter": chosen})
+    changes, _ = area_changes(baseline, areas, settings)
+    assert changes["flags"].tolist() == ["snr", "recall", "cloud", "filled", "growth"]
+    region = totals(regional_changes(changes, inventory, areas, settings, 2019, 2015)).loc["all"]
+    row = region.loc["extrapolated_without_snr"]
+    assert (row["n_measured"], row["n_glaciers"]) == (kept, 5)
+
+
 def test_the_baseline_year_has_areas_and_no_rates() -> None:
     inventory = inventory_of(np.array([1.0, 2.0, 4.0]))
     areas = areas_of(inventory.iloc[:2], 2015, np.array([1.1, 1.9]), np.array([0.11, 0.19]))
@@ -150,6 +169,18 @@ def test_the_baseline_year_has_areas_and_no_rates() -> None:
     assert region.loc["measured", "area_km2"] == pytest.approx(3.0)
     assert region.loc["extrapolated", "area_km2"] == pytest.approx(7.0)
     assert region.loc["extrapolated", "std_km2"] == pytest.approx(0.3 + 0.4)  # 10% as the measured ones
+
+
+@pytest.mark.parametrize(("chosen", "kept"), [(["snr", "recall"], 2), (["snr"], 3), (["cloud", "filled"], 1)])
+def test_the_baseline_year_is_filtered_by_the_flags_that_were_chosen(chosen: list[str], kept: int) -> None:
+    inventory = inventory_of(np.array([1.0, 2.0, 4.0]))
+    areas = areas_of(inventory, 2015, np.array([1.1, 1.9, 4.2]), np.full(3, 0.1))
+    areas = areas.assign(recall=[1.0, 0.5, 1.0], usable_share=[0.1, np.nan, 1.0], filled_share=[0.0, np.nan, 0.9])
+    settings = WHOLE.model_copy(update={"filter": chosen})
+    empty, _ = area_changes(areas, areas, settings)
+    region = totals(regional_changes(empty, inventory, areas, settings, 2015, 2015)).loc["all"]
+    assert region.loc["filtered", "n_glaciers"] == region.loc["extrapolated", "n_measured"] == kept
+    assert region.loc["measured", "n_glaciers"] == 3
 
 
 def test_no_glacier_loses_more_than_it_has() -> None:
