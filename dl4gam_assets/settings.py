@@ -563,8 +563,15 @@ class CalibrationSettings(_Strict):
     tau_step: float = 0.001
     tau_max: float = 0.5
     min_glaciers: int = Field(
-        20,
-        description="With fewer validation glaciers the regression of tau is replaced by one regional quantile.",
+        30,
+        ge=6,
+        description="With fewer validation glaciers in a fold the regression of tau (five coefficients) is replaced by "
+        "one regional quantile.",
+    )
+    pool_folds: bool = Field(
+        True,
+        description="That quantile is of the validation glaciers of all folds, each judged by models that did not "
+        "train on it, without the glaciers that the fold tests; false: of the fold's own alone.",
     )
     ece_bins: int = 40
     intervals: Literal["published", "conformal"] = Field(

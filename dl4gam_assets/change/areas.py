@@ -246,7 +246,7 @@ def bound_masks(
     unknown = ~(np.isfinite(mean) & np.isfinite(std))
     best = allowed & ~unknown & (np.nan_to_num(mean, nan=0.0) >= threshold)
     lower, upper = interval_masks(mean, std, tau, allowed)
-    return BoundMasks(lower & best, best, (upper & ~unknown) | best | (allowed & unknown))
+    return BoundMasks(lower & best, best, upper | best)
 
 
 def pixel_grid(cube: xr.Dataset) -> tuple[Affine, int, float]:
