@@ -277,13 +277,14 @@ def outlines_of(site: Site, year: int, fold: int, glacier_id: str) -> Any:
     """Outline rows of one glacier; runs in a worker process."""
     from dl4gam_assets.change import extract_outlines
     from dl4gam_assets.cubes import open_cube
-    from dl4gam_assets.ensemble import read_prediction
+    from dl4gam_assets.ensemble import read_prediction, read_prediction_tags
 
     storage = site.storage
     with (
         storage.reading(storage.cube(year, glacier_id)) as cube_path,
         storage.reading(storage.prediction(year, glacier_id)) as map_path,
     ):
+        expect_map(site, year, fold, glacier_id, read_prediction_tags(map_path))
         prediction = read_prediction(map_path)
         with open_cube(cube_path) as cube:
             return extract_outlines(
@@ -294,7 +295,7 @@ def outlines_of(site: Site, year: int, fold: int, glacier_id: str) -> Any:
 
 
 def glacier_outlines(ws: Workspace, year: int, *, force: bool = False) -> StageResult:
-    """Polygons of the year's maps: best, lower, upper."""
+    """Polygons of the year's maps: best, lower, upper. What is read is asserted as for areas."""
     import geopandas as gpd
     import shapely
 
@@ -303,6 +304,9 @@ def glacier_outlines(ws: Workspace, year: int, *, force: bool = False) -> StageR
 
     def work() -> tuple[str, dict[str, Any], dict[str, bytes]]:
         predictions = ws.storage.read_table("predictions", year=year)
+        cubes = ws.storage.read_table("cubes", year=year).set_index("glacier_id")
+        for fold, of_fold in _assert_current(predictions, cubes).groupby("fold"):
+            expect_calibrated(ws, int(fold), of_fold)
         tasks = [(r.glacier_id, (ws.site, year, int(r.fold), r.glacier_id)) for r in predictions.itertuples()]
         values, failures = ws.over_glaciers("glacier_outlines", label, outlines_of, tasks)
         frames = [f.assign(glacier_id=g) for g, f in values.items() if len(f)]
