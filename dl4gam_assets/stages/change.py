@@ -75,9 +75,13 @@ def regional_change(ws: Workspace, year: int, *, force: bool = False) -> StageRe
             }
         everything = ws.storage.read_table("regional_changes")
         series = everything[
-            (everything["grouping"] == "region") & (everything["method"] == "measured") & (everything["year"] <= year)
+            (everything["grouping"] == "region")
+            & (everything["method"] == "extrapolated")
+            & (everything["year"] <= year)
+            & everything["area_km2"].notna()
         ].sort_values("year")
-        pictures = {"area by year": previews.area_series(series, ws.region.title)} if len(series) else {}
+        title = f"{ws.region.title}: all {int(totals['n_glaciers'].max())} glaciers, so many measured"
+        pictures = {"area by year": previews.area_series(series, title)} if len(series) else {}
         return frame_fingerprint(totals), metadata, pictures
 
     inputs = {
@@ -85,6 +89,7 @@ def regional_change(ws: Workspace, year: int, *, force: bool = False) -> StageRe
         "areas": _areas_fingerprints(ws, year),
         "glaciers": ws.upstream("inventory_outlines"),
         "aspects": ws.upstream("elevation"),
+        "version": 2,  # raised when the rules of totals change
         "settings": ws.region.fingerprint("change"),
     }
     return run_stage(ws, "regional_change", str(year), inputs, work, force=force)
