@@ -55,7 +55,8 @@ def area_changes(
         means that none of ``settings.filter`` is set. A share that is unknown raises no flag. ``snr`` is null where
         the deviation is zero.
     excluded : (glacier_id, reason) of glaciers without a rate: ``no_baseline``, ``not_measured`` (in this year),
-        ``same_date`` (one image, or one whole year, served both) or ``short_time`` (less than half a year between).
+        ``no_date`` (of either image), ``same_date`` (one image, or one whole year, served both) or ``short_time`` (less
+        than half a year between).
 
     Raises
     ------
@@ -90,6 +91,7 @@ def area_changes(
     else:
         first, second = decimal_year(both["image_date_0"]), decimal_year(both["image_date"])
     years = second - first
+    reason[(reason == "") & years.isna()] = "no_date"
     reason[(reason == "") & (years == 0)] = "same_date"
     reason[(reason == "") & ~(years.abs() >= MIN_YEARS)] = "short_time"
     excluded = pd.DataFrame({"glacier_id": both["glacier_id"], "reason": reason})[reason != ""].astype("string")

@@ -79,14 +79,15 @@ def test_cloud_filling_and_growth_are_columns_that_exclude_nobody_unless_asked_t
 
 def test_every_glacier_is_either_a_row_or_an_exclusion_with_its_reason() -> None:
     baseline = year_of(
-        2015, glacier_id=["a", "same", "short", "gone"], area_km2=[1.0] * 4,
-        image_date=["2015-09-01", "2016-09-01", "2016-07-01", "2015-09-01"],
+        2015, glacier_id=["a", "same", "short", "gone", "undated"], area_km2=[1.0] * 5,
+        image_date=["2015-09-01", "2016-09-01", "2016-07-01", "2015-09-01", None],
     )  # fmt: skip
-    areas = year_of(2016, glacier_id=["new", "short", "same", "a"], area_km2=[1.0] * 4)
+    areas = year_of(2016, glacier_id=["new", "short", "same", "a", "undated"], area_km2=[1.0] * 5)
     changes, excluded = area_changes(baseline, areas, EXACT)
     assert changes["glacier_id"].tolist() == ["a"]
     assert dict(zip(excluded["glacier_id"], excluded["reason"])) == {
         "new": "no_baseline", "gone": "not_measured", "same": "same_date", "short": "short_time",
+        "undated": "no_date",
     }  # fmt: skip
 
 
