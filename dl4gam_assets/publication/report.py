@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from upath import UPath
 
+from dl4gam_assets.publication.truth import truth_of_year
 from dl4gam_assets.settings import Region
 from dl4gam_assets.storage import Snapshot, Storage
 from dl4gam_assets.tables import INTERVAL_RULES
@@ -140,6 +141,7 @@ def collect(storage: Storage, region: Region, year: int) -> dict[str, Any]:
         "origin": _origin(storage, regional, year),
         "quality": _quality(storage),
         "coverage": _coverage(storage, region),
+        "known": truth_of_year(region, storage, year),
         "calibration": storage.read_table("calibration").drop_duplicates("fold").sort_values("fold").to_dict("records"),
         **_failures(storage, year),
         "exclusions": _exclusions(changes, region.change.filter),
