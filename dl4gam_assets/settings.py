@@ -646,6 +646,18 @@ class ChangeSettings(_Strict):
         gt=0,
         description="The correlation decays with distance as exp(-d / length). null: the same for any two glaciers.",
     )
+    between_year_correlation: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Of a glacier's errors in two years: 0: independent (published). What an ensemble gets wrong in "
+        "the same way in every image (debris, shade, the outline it was trained on) cancels in a change.",
+    )
+    baseline_error: Literal["left_out", "carried"] = Field(
+        "left_out",
+        description="Of the baseline area as the divisor of a rate in percent. 'left_out' (published) states too much "
+        "where glaciers shrink: too small a baseline makes the loss look small, and its share large.",
+    )
     trend_min_years: int = Field(3, ge=3, description="A trend needs images of so many years.")
     trend_bootstrap: int = Field(300, ge=50, description="Resamples behind the interval of the Theil-Sen trend.")
     size_class_edges_km2: list[float] = [0.01, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0]

@@ -79,6 +79,46 @@ def test_the_law_of_rates_is_found_again_from_noisy_glaciers() -> None:
     assert spoiled.coefficients == pytest.approx(law.coefficients, abs=0.25)
 
 
+@pytest.mark.parametrize("between", [0.0, 0.6])
+@pytest.mark.parametrize("rho", [0.0, 0.4, 1.0])
+def test_totals_carry_errors_as_the_full_matrix_does(rho: float, between: float) -> None:
+    """The covariance of all areas of both years, written out: correlation rho between glaciers, ``between`` in time."""
+    area = np.array([1.0, 2.0, 4.0])
+    s0, s1 = np.array([0.05, 0.02, 0.2]), np.array([0.03, 0.08, 0.1])
+    inventory = inventory_of(area)
+    baseline, areas = areas_of(inventory, 2015, area, s0), areas_of(inventory, 2019, 0.8 * area, s1)
+    chosen = {"between_glacier_correlation": rho, "between_year_correlation": between}
+    one = np.full((3, 3), rho) + (1 - rho) * np.eye(3)
+    matrix = np.kron(np.array([[1, between], [between, 1]]), one) * np.outer(np.r_[s0, s1], np.r_[s0, s1])
+    for how, weight in (("left_out", 1.0), ("carried", 0.8)):
+        settings = WHOLE.model_copy(update=chosen | {"baseline_error": how})
+        changes, _ = area_changes(baseline, areas, settings)
+        row = totals(regional_changes(changes, inventory, areas, settings, 2019, 2015)).loc["all", "measured"]
+        rates, shares = (np.r_[np.full(3, -w), np.ones(3)] / 4 for w in (1.0, weight))
+        assert row["rate_std_km2_per_year"] == pytest.approx(np.sqrt(rates @ matrix @ rates))
+        assert row["rate_std_pct_per_year"] == pytest.approx(100 * np.sqrt(shares @ matrix @ shares) / 7)
+
+
+def test_a_rate_of_the_law_keeps_its_deviation_whatever_years_share() -> None:
+    inventory = inventory_of(np.r_[np.geomspace(0.2, 5, 12), 1.0])
+    area = inventory["inventory_area_km2"].to_numpy()
+    rows = []
+    for between in (0.0, 0.7):
+        settings = WHOLE.model_copy(update={"between_year_correlation": between})
+        baseline = areas_of(inventory.iloc[:12], 2015, area[:12], 0.01 * area[:12])
+        areas = areas_of(inventory.iloc[:12], 2019, 0.8 * area[:12], 0.01 * area[:12])
+        changes, _ = area_changes(baseline, areas, settings)
+        law = fit_rate_law(
+            area[:12], changes["rate_pct_per_year"].to_numpy(), changes["rate_std_pct_per_year"].to_numpy(), EDGES
+        )
+        with_law = inventory.assign(country=["CH"] * 12 + ["AT"])
+        got = totals(regional_changes(changes, with_law, areas, settings, 2019, 2015), "country")
+        rows.append((got.loc[("AT", "extrapolated"), "rate_std_pct_per_year"], law.predict(np.array([1.0]))[1][0]))
+    for found, expected in rows:
+        assert found == pytest.approx(expected)
+    assert rows[0][1] > rows[1][1]  # of glaciers whose own rates are better known
+
+
 def test_few_glaciers_give_their_weighted_mean_and_none_give_nothing() -> None:
     law = fit_rate_law(np.array([1.0, 3.0]), np.array([-2.0, -1.0]), np.array([0.1, 0.1]), EDGES)
     rate, std = law.predict(np.array([0.02, 8.0]))
