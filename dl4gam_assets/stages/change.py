@@ -52,13 +52,15 @@ def area_change(ws: Workspace, year: int, *, force: bool = False) -> StageResult
 def regional_change(ws: Workspace, year: int, *, force: bool = False) -> StageResult:
     """Totals of the year by region, country, size class and aspect."""
     from dl4gam_assets.change import regional_changes
+    from dl4gam_assets.inventory import double_counted_km2
 
     def work() -> tuple[str, dict[str, Any], dict[str, bytes]]:
         changes = ws.storage.read_table("changes", year=year)
         elevations = ws.storage.read_table("elevations").set_index("glacier_id")
+        glaciers = ws.storage.read_table("glaciers")
         totals = regional_changes(
             changes=changes,
-            glaciers=ws.storage.read_table("glaciers"),
+            glaciers=glaciers,
             areas=ws.storage.read_table("areas", year=year),
             settings=ws.region.change,
             year=year,
@@ -67,6 +69,8 @@ def regional_change(ws: Workspace, year: int, *, force: bool = False) -> StageRe
         )
         ws.storage.write_table("regional_changes", totals, {"year": year})
         metadata: dict[str, Any] = {}
+        if ws.region.areas.shared_ground == "each":  # with "once" no ground is
+            metadata["double_counted_km2"] = double_counted_km2(glaciers)
         for row in totals[totals["grouping"] == "region"].itertuples():
             metadata |= {
                 f"{row.method}_area_km2": _number(row.area_km2),
