@@ -214,6 +214,7 @@ _AREA = (
     _c("debris_area_km2", "float64", "Predicted ice on it: the part of area_km2 that the inventory calls debris-covered", minimum=0),
     _c("debris_recall", "float64", "Predicted share of it (null under 1% debris)", minimum=0, maximum=1),
     _c("terminus_m", "float64", "Lowest predicted elevation: median of the lowest 30 pixels, metres (null: no DEM)"),
+    _c("terminus_lowest_m", "float64", "Elevation of the lowest predicted pixel alone, metres (null: no DEM)"),
     _c("terminus_lon", "float64", "Longitude of the terminus, degrees (EPSG:4326): the predicted pixel nearest to the middle of these 30 (null: no DEM)", minimum=-180, maximum=180),
     _c("terminus_lat", "float64", "Latitude of the terminus, degrees (EPSG:4326)", minimum=-90, maximum=90),
     _c("filled_share", "float64", "Share of the 50 m zone whose values were filled", minimum=0, maximum=1),

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 #: Raised when the columns or rules of areas, outlines and lineage change, so that tables of an older version are made
 #: again.
-_VERSION = 4
+_VERSION = 5
 
 
 def _shares_of(site: Site, glacier_id: str, cube: xr.Dataset) -> Shares:
