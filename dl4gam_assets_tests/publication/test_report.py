@@ -205,7 +205,7 @@ def test_a_simulated_region_is_shown_against_its_truth(judged: Storage, region: 
     start = truth["area_km2"].reindex([(g, 2015) for g in ids]).sum()
     rate = 100 * (true.sum() - start) / start / row["years"]
     estimate = number(row["rate_pct_per_year"], 2, True)
-    assert f"{estimate} ± {number(row['rate_std_pct_per_year'])} {number(rate, 2, True)}" in re.sub(r" +", " ", part)
+    assert f"{estimate} ± {number(row['rate_std_pct_per_year'])}{number(rate, 2, True)}" in part  # cells side by side
     assert "Not compared: extrapolated 2023: 12 glaciers, but 9 with a truth" in part
 
 
@@ -228,6 +228,26 @@ def test_the_baseline_year_has_a_truth_without_rates_and_others_have_none(
 
 def test_a_year_knows_nothing_of_later_years(store: Storage, region: Region) -> None:
     assert [s["year"] for s in collect(store, region, 2019)["series"]] == [2015, 2019]
+
+
+def test_a_robust_trend_stands_beside_the_rate_of_two_years(store: Storage, region: Region) -> None:
+    from dl4gam_assets.change import area_trends
+
+    content = collect(store, region, 2023)
+    trends = area_trends(store.read_table("areas"), region.change).set_index("glacier_id")["theil_sen_pct_per_year"]
+    assert len(content["largest"]) == 9
+    for row in content["largest"]:
+        assert row["theil_sen_pct_per_year"] == pytest.approx(trends[row["glacier_id"]])
+    regional = store.read_table("regional_changes").query("grouping == 'region' and method == 'extrapolated'")
+    area = regional.set_index("year")["area_km2"].astype(float)
+    slopes = [(area[b] - area[a]) / (b - a) for a, b in ((2015, 2019), (2019, 2023), (2015, 2023))]
+    assert content["series_trend"]["km2"] == pytest.approx(np.median(slopes)) and content["series_trend"]["n"] == 3
+    text = re.sub(r"\s+", " ", Page(render(content)).text)
+    assert f"3 years since 2015: {number(np.median(slopes), 3, True)} km²" in text
+    # Two years make no trend, and a year knows nothing of later ones.
+    earlier = collect(store, region, 2019)
+    assert earlier["series_trend"] is None
+    assert all(np.isnan(row["theil_sen_pct_per_year"]) for row in earlier["largest"])
 
 
 def test_a_change_within_its_interval_is_not_called_one(region: Region) -> None:
