@@ -307,11 +307,11 @@ def _example(storage: Storage) -> str:
 
 def _judge(settings: Region, storage: Storage) -> None:
     """Estimates beside the truth, which nothing but this comparison reads."""
-    import pandas as pd
-
     from dl4gam_assets.change import compare_with_truth
+    from dl4gam_assets.publication.truth import known_truth
 
-    truth = pd.read_parquet(Path(str(storage.inputs())) / "truth" / "areas.parquet")
+    truth = known_truth(settings, storage)
+    assert truth is not None, "the demo is simulated"
     found = compare_with_truth(
         storage.read_table("areas"), storage.read_table("regional_changes"), truth, settings.years.baseline
     )
@@ -929,14 +929,17 @@ def coverage(
     ] = None,
     file: Annotated[Path | None, typer.Option("--file", "-f", help="Write the table here as CSV.")] = None,
     plots: Annotated[Path | None, typer.Option(help="Write a plot into this folder as PNG.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
 ) -> None:
     """How many intervals hold the area they should, by rule for tau, size and debris.
 
     Judged by the truth where the region is simulated, and by the inventory's outlines in the inventory year. Held-out
-    glaciers only: the taus were fitted on others.
+    glaciers only: the taus were fitted on others. Of simulated regions also what areas and regional rates are off by,
+    year by year. These are the tables of docs/validation.md.
     """
     import pandas as pd
 
+    from dl4gam_assets.publication import truth as known
     from dl4gam_assets.publication import validation_plots
     from dl4gam_assets.stages.base import UpstreamError
     from dl4gam_assets.stages.coverage import measured_coverage
@@ -948,6 +951,15 @@ def coverage(
         tables = measured_coverage(settings, storage, year)
     except (UpstreamError, ValueError) as error:
         raise _stop(_escape(str(error))) from error
+    judged = {f"{name} against the truth": t for name, t in known.truth_tables(settings, storage).items() if len(t)}
+    if markdown:
+        for title, table in (judged | tables).items():
+            typer.echo(f"{title}\n\n{known.markdown(table)}\n")
+    for title, table in judged.items() if not markdown else ():
+        shown = RichTable(*(str(c).replace("_", " ") for c in table), title=title)
+        for line in known.markdown(table).splitlines()[2:]:
+            shown.add_row(*(cell.strip(" *") for cell in line.strip("| ").split(" | ")))
+        console.print(shown)
     for judge, table in tables.items():
         shown = RichTable("rule", "glaciers", "", "intervals", "hold it", "95% range", "half width", title=judge)
         for row in table.itertuples():
@@ -955,7 +967,8 @@ def coverage(
                 row.rule, row.group, str(row.n_glaciers), str(row.n), f"{100 * row.coverage:.0f}%",
                 f"{100 * row.coverage_low:.0f} to {100 * row.coverage_high:.0f}%", f"{row.half_width_pct:.1f}%",
             )  # fmt: skip
-        console.print(shown)
+        if not markdown:
+            console.print(shown)
         name = f"coverage_{settings.name}_{judge.split()[0]}"
         _save_plot(plots, name, validation_plots.coverage_plot(table, f"{settings.name}: judged by {judge}"))
     if file is not None:

@@ -660,8 +660,15 @@ class CalibrationSettings(_Strict):
     tau_step: float = 0.001
     tau_max: float = 0.5
     min_glaciers: int = Field(
-        20,
-        description="With fewer validation glaciers the regression of tau is replaced by one regional quantile.",
+        30,
+        ge=6,
+        description="With fewer validation glaciers in a fold the regression of tau (five coefficients) is replaced by "
+        "one regional quantile.",
+    )
+    pool_folds: bool = Field(
+        True,
+        description="That quantile is of the validation glaciers of all folds, each judged by models that did not "
+        "train on it, without the glaciers that the fold tests; false: of the fold's own alone.",
     )
     ece_bins: int = 40
     intervals: Literal["published", "conformal"] = Field(
@@ -735,6 +742,18 @@ class ChangeSettings(_Strict):
         None,
         gt=0,
         description="The correlation decays with distance as exp(-d / length). null: the same for any two glaciers.",
+    )
+    between_year_correlation: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Of a glacier's errors in two years: 0: independent (published). What an ensemble gets wrong in "
+        "the same way in every image (debris, shade, the outline it was trained on) cancels in a change.",
+    )
+    baseline_error: Literal["left_out", "carried"] = Field(
+        "left_out",
+        description="Of the baseline area as the divisor of a rate in percent. 'left_out' (published) states too much "
+        "where glaciers shrink: too small a baseline makes the loss look small, and its share large.",
     )
     trend_min_years: int = Field(3, ge=3, description="A trend needs images of so many years.")
     trend_bootstrap: int = Field(300, ge=50, description="Resamples behind the interval of the Theil-Sen trend.")

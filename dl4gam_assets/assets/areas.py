@@ -17,7 +17,7 @@ def build(p: Partitions) -> list[dg.AssetsDefinition]:
         group_name=GROUP, owners=OWNERS, kinds={"parquet"}, partitions_def=p.folds, backfill_policy=policy,
         deps=[
             dg.AssetDep("glacier_predictions", partition_mapping=p.baseline_year_folds),
-            # Groups with few validation glaciers take those of the other folds too.
+            # Folds and groups with few validation glaciers take those of the other folds too.
             dg.AssetDep("calibration", partition_mapping=p.every),
             "cross_validation_folds",
             "debris_outlines",

@@ -246,7 +246,7 @@ def bound_masks(
     unknown = ~(np.isfinite(mean) & np.isfinite(std))
     best = allowed & ~unknown & (np.nan_to_num(mean, nan=0.0) >= threshold)
     lower, upper = interval_masks(mean, std, tau, allowed)
-    return BoundMasks(lower & best, best, (upper & ~unknown) | best | (allowed & unknown))
+    return BoundMasks(lower & best, best, upper | best)
 
 
 def pixel_grid(cube: xr.Dataset) -> tuple[Affine, int, float]:
@@ -284,10 +284,11 @@ def area_row(
     Areas (km2) sum the counted shares of predicted pixels; ``shares`` None: whole pixels, as published. ``std_km2`` is
     (upper - lower) / 2. ``recall`` is the predicted share of the outline, ``false_positive_rate`` the predicted share
     of the ice-free pixels between 20 and 50 m outside, ``terminus_m`` the median elevation of the lowest 30 predicted
-    pixels and ``terminus_lon``, ``terminus_lat`` (degrees, EPSG:4326) the centre of the one of them that is nearest to
-    their median position. ``debris_area_km2`` is predicted ice on the inventory's debris. ``usable_share`` is the share
-    of the 20 m zone that was neither cloudy nor missing. A share without pixels to judge is None; recall on debris is
-    None where debris covers less than 1% of the outline, the terminus where elevation is unknown.
+    pixels, ``terminus_lowest_m`` that of the lowest one, and ``terminus_lon``, ``terminus_lat`` (degrees, EPSG:4326)
+    the centre of the one of the 30 that is nearest to their median position. ``debris_area_km2`` is predicted ice on
+    the inventory's debris. ``usable_share`` is the share of the 20 m zone that was neither cloudy nor missing. A share
+    without pixels to judge is None; recall on debris is None where debris covers less than 1% of the outline, the
+    terminus where elevation is unknown.
     ``other_taus`` (name: tau) adds the columns ``lower_NAME_km2`` and ``upper_NAME_km2``, so that intervals by several
     rules stand side by side.
 
@@ -322,7 +323,7 @@ def area_row(
     near = glacier | zone_20
     lower, best, upper = (_pixels(shares.counted, mask) * km2 for mask in masks)
     outline_px, debris_px = _pixels(shares.outline), _pixels(shares.debris)
-    terminus_m, terminus_lon, terminus_lat = _terminus(cube, masks.best & (shares.counted >= 0.5))
+    terminus_m, terminus_lon, terminus_lat, terminus_lowest_m = _terminus(cube, masks.best & (shares.counted >= 0.5))
     row: dict[str, Any] = {
         "area_km2": best,
         "lower_km2": lower,
@@ -342,6 +343,7 @@ def area_row(
         "terminus_m": terminus_m,
         "terminus_lon": terminus_lon,
         "terminus_lat": terminus_lat,
+        "terminus_lowest_m": terminus_lowest_m,
         "usable_share": _share(~cube_mask(cube, "not_ok"), near),
     }
     for rule, other in (other_taus or {}).items():
@@ -363,26 +365,27 @@ def _share(predicted: np.ndarray, where: np.ndarray) -> float | None:
     return float((predicted & where).sum()) / n if n else None
 
 
-def _terminus(cube: xr.Dataset, predicted: np.ndarray) -> tuple[float | None, float | None, float | None]:
-    """Elevation (m), longitude and latitude (degrees) of the lowest predicted pixels; None without elevation.
+def _terminus(cube: xr.Dataset, predicted: np.ndarray) -> tuple[float | None, float | None, float | None, float | None]:
+    """Elevation (m), longitude and latitude (degrees) of the lowest predicted pixels, and the elevation of the lowest
+    one; None without elevation.
 
     The position is a predicted pixel's centre, also where the lowest pixels are on two tongues.
     """
     if "dem" not in cube:
-        return None, None, None
+        return None, None, None, None
     rows, columns = np.nonzero(predicted)
     heights = np.asarray(cube["dem"].values, dtype=np.float64)[rows, columns]
     order = np.argsort(heights, kind="stable")
     lowest = order[np.isfinite(heights[order])][:TERMINUS_PIXELS]
     if not len(lowest):
-        return None, None, None
+        return None, None, None, None
     transform, epsg, _ = pixel_grid(cube)
     column, row = columns[lowest] + 0.5, rows[lowest] + 0.5
     x = transform.c + transform.a * column + transform.b * row
     y = transform.f + transform.d * column + transform.e * row
     k = int(np.argmin((x - np.median(x)) ** 2 + (y - np.median(y)) ** 2))
     lon, lat = _to_degrees(epsg).transform(x[k], y[k])
-    return float(np.median(heights[lowest])), float(lon), float(lat)
+    return float(np.median(heights[lowest])), float(lon), float(lat), float(heights[lowest[0]])
 
 
 @functools.lru_cache(maxsize=64)

@@ -174,8 +174,16 @@ _BASE = IntervalWorld()
 #: name -> (what it asks, world)
 INTERVAL_SCENARIOS: dict[str, tuple[str, IntervalWorld]] = {
     "as_assumed": ("150 validation glaciers; the maps are blurred where they err.", _BASE),
-    "few": ("25 validation glaciers: five coefficients follow them.", replace(_BASE, validation=25)),
-    "very_few": ("8 validation glaciers: the published rule is one regional quantile.", replace(_BASE, validation=8)),
+    "at_the_limit": (
+        "30 validation glaciers, the fewest that the published rule fits its five coefficients to.",
+        replace(_BASE, validation=30),
+    ),
+    "few": ("25 validation glaciers: the published rule is one regional quantile.", replace(_BASE, validation=25)),
+    "very_few": ("8 validation glaciers: the ranks are coarse.", replace(_BASE, validation=8)),
+    "two": (
+        "2 validation glaciers: no rank is low enough, and the interval is all of the zone.",
+        replace(_BASE, validation=2),
+    ),
     "debris_hidden": (
         "Debris-covered glaciers err three times as much, and nothing in their maps tells.",
         replace(_BASE, debris_factor=3.0, told=0.0),

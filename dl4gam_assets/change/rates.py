@@ -26,11 +26,22 @@ def decimal_year(dates: pd.Series) -> pd.Series:
 
     Leap years stretch over 366 days; a missing date is NaN.
     """
-    times = pd.to_datetime(dates)
-    year = times.dt.year.astype("float64")
-    start = pd.to_datetime(year.map(lambda y: f"{int(y)}-01-01" if np.isfinite(y) else None))
-    length = 365.0 + times.dt.is_leap_year.fillna(False).astype("float64")
-    return year + (times - start).dt.total_seconds() / (86_400.0 * length)
+    times = (dates if dates.dtype.kind == "M" else pd.to_datetime(dates)).to_numpy(dtype="datetime64[us]")
+    years = times.astype("datetime64[Y]")
+    start, end = (y.astype("datetime64[us]") for y in (years, years + 1))
+    with np.errstate(invalid="ignore"):
+        value = 1970.0 + years.astype("int64") + (times - start) / (end - start)
+    return pd.Series(np.where(np.isnat(times), np.nan, value), index=dates.index)
+
+
+def change_std(first: np.ndarray, second: np.ndarray, between_years: float) -> np.ndarray:
+    """Standard deviation of the difference of two areas whose errors correlate by ``between_years`` in time.
+
+    ``sqrt(s0^2 + s1^2 - 2 rho s0 s1)``; 0 is the published choice: errors of two images are independent.
+    """
+    if between_years == 0.0:
+        return np.asarray(np.hypot(first, second))
+    return np.sqrt(np.maximum(first**2 + second**2 - 2 * between_years * first * second, 0.0))
 
 
 def area_changes(
@@ -39,8 +50,10 @@ def area_changes(
     """Rate of area change of every glacier measured in both years.
 
     ``rate = (A1 - A0) / years`` with the time between the two images (settings.dates: decimal years, or whole years
-    as published), ``std = sqrt(s0^2 + s1^2) / |years|`` (errors independent in time), in percent of A0 without A0's
-    own error. Glaciers are matched by id, never by position. Years before the baseline are as good as years after it.
+    as published), ``std = sqrt(s0^2 + s1^2 - 2 rho s0 s1) / |years|`` with rho = settings.between_year_correlation
+    (published: 0, errors independent in time). In percent of A0; A0's own error enters that a second time, as its
+    divisor, and is left out (published) or carried (settings.baseline_error). Glaciers are matched by id, never by
+    position. Years before the baseline are as good as years after it.
 
     Parameters
     ----------
@@ -55,7 +68,8 @@ def area_changes(
         means that none of ``settings.filter`` is set. A share that is unknown raises no flag. ``snr`` is null where
         the deviation is zero.
     excluded : (glacier_id, reason) of glaciers without a rate: ``no_baseline``, ``not_measured`` (in this year),
-        ``same_date`` (one image, or one whole year, served both) or ``short_time`` (less than half a year between).
+        ``no_date`` (of either image), ``same_date`` (one image, or one whole year, served both) or ``short_time`` (less
+        than half a year between).
 
     Raises
     ------
@@ -90,6 +104,7 @@ def area_changes(
     else:
         first, second = decimal_year(both["image_date_0"]), decimal_year(both["image_date"])
     years = second - first
+    reason[(reason == "") & years.isna()] = "no_date"
     reason[(reason == "") & (years == 0)] = "same_date"
     reason[(reason == "") & ~(years.abs() >= MIN_YEARS)] = "short_time"
     excluded = pd.DataFrame({"glacier_id": both["glacier_id"], "reason": reason})[reason != ""].astype("string")
@@ -101,10 +116,14 @@ def area_changes(
     a0, a1, s0, s1 = (kept[c].to_numpy(dtype=float) for c in ("area_km2_0", "area_km2", "std_km2_0", "std_km2"))
     recall = kept["recall"].to_numpy(dtype=float)
     rate = (a1 - a0) / t
-    std = np.hypot(s0, s1) / np.abs(t)
+    of_change = change_std(s0, s1, settings.between_year_correlation)
+    std = of_change / np.abs(t)
     with np.errstate(divide="ignore", invalid="ignore"):
         snr = np.where(std > 0, np.abs(rate) / std, np.nan)
         percent = np.where(a0 > 0, 100.0 / a0, np.nan)
+        # rate / A0 = (A1 / A0 - 1) / years: the error of A0 counts A1 / A0 times.
+        carried = change_std(s0 * a1 / a0, s1, settings.between_year_correlation) / np.abs(t)
+        std_pct = (carried if settings.baseline_error == "carried" else std) * percent
     usable = np.fmin(kept["usable_share"].to_numpy(dtype=float), kept["usable_share_0"].to_numpy(dtype=float))
     filled = np.fmax(kept["filled_share"].to_numpy(dtype=float), kept["filled_share_0"].to_numpy(dtype=float))
     later_minus_earlier = np.sign(t) * (a1 - a0)
@@ -113,7 +132,7 @@ def area_changes(
         "recall": ~(recall >= settings.recall_min),
         "cloud": usable < settings.usable_min,
         "filled": filled > settings.filled_max,
-        "growth": later_minus_earlier > settings.growth_max * np.hypot(s0, s1),
+        "growth": later_minus_earlier > settings.growth_max * of_change,
     }
     names = list(flags)
     raised = np.column_stack([flags[name] for name in names])
@@ -133,7 +152,7 @@ def area_changes(
             "rate_km2_per_year": rate,
             "rate_std_km2_per_year": std,
             "rate_pct_per_year": rate * percent,
-            "rate_std_pct_per_year": std * percent,
+            "rate_std_pct_per_year": std_pct,
             "snr": snr,
             "recall": recall,
             "usable_share": usable,

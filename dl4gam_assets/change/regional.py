@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -35,6 +35,7 @@ MIN_GLACIERS_OF_CLASS = 3
 _LATE_SUMMER = 0.7
 
 SECTORS = ("N", "NE", "E", "SE", "S", "SW", "W", "NW")
+GROUPINGS = ("region", "country", "size_class", "aspect")
 METHODS = ("measured", "filtered", "extrapolated", "extrapolated_without_snr")
 
 
@@ -86,7 +87,10 @@ class RateLaw:
 
 
 def fit_rate_law(
-    area_km2: np.ndarray, rate_pct: np.ndarray, std_pct: np.ndarray, edges_km2: Sequence[float]
+    area_km2: np.ndarray,
+    rate_pct: np.ndarray,
+    std_pct: np.ndarray,
+    edges_km2: Sequence[float],
 ) -> RateLaw:
     """Weighted least squares of relative rates on 1, log10 A and log10(A)^2, weights 1/std^2.
 
@@ -119,20 +123,18 @@ def fit_rate_law(
         both = max(spread, _rms(std))
         return RateLaw("mean", (mean,), n, span, edges, (both,) * (len(edges) + 1))
 
-    import statsmodels.api as sm
-
     positive = std[std > 0]
     floor = 1e-3 * float(np.median(positive)) if len(positive) else 1.0
-    weights = 1.0 / np.maximum(std, floor) ** 2
+    root = 1.0 / np.maximum(std, floor)  # of the weights
     design = np.column_stack([np.ones(n), x, x**2])
-    fitted = sm.WLS(rate, design, weights=weights).fit()
-    residuals = rate - fitted.fittedvalues
+    coefficients = np.linalg.lstsq(design * root[:, None], rate * root, rcond=None)[0]
+    residuals = rate - design @ coefficients
     classes = size_class(area, edges)
     of_class = np.maximum(_class_rms(std, classes, len(edges) + 1), _class_rms(residuals, classes, len(edges) + 1))
     reach = REACH_DECADES if n >= MIN_GLACIERS_TO_REACH_OUT else 0.0
     return RateLaw(
         "quadratic",
-        tuple(float(c) for c in fitted.params),
+        tuple(float(c) for c in coefficients),
         n,
         (span[0] - reach, span[1] + reach),
         edges,
@@ -148,6 +150,7 @@ def regional_changes(
     year: int,
     baseline_year: int,
     aspects: pd.Series | None = None,
+    groupings: Sequence[str] = GROUPINGS,
 ) -> pd.DataFrame:
     """Rows of the table ``regional_changes`` for one year: the region, each country, each size class and aspect.
 
@@ -158,16 +161,18 @@ def regional_changes(
       the kept sample leans towards large ones: compare with ``measured``.
     - ``extrapolated``: every glacier of the inventory (published): measured where it passes the filter, otherwise the
       law of relative rate against area (:func:`fit_rate_law`), starting from the inventory area at the inventory date.
-    - ``extrapolated_without_snr``: the same with the recall filter only: free of the lean above, at the price of
-      noisier glaciers.
+    - ``extrapolated_without_snr``: the same with the filter's other flags only (published: recall): free of the lean
+      above, at the price of noisier glaciers.
 
     Rates are sums of the glaciers' own rates. Deviations are combined over glaciers for each of the two times
     (:class:`~dl4gam_assets.change.correlation.ErrorCorrelation`: settings.between_glacier_correlation and
-    correlation_length_km, both kept in the row), and over time in quadrature. A rate from the law
-    is given half its variance at each time. Percentages are of the summed baseline area, whose own error is left out.
-    Sizes are classes of the inventory area. Groups without any glacier of a method have ``n_glaciers`` 0 and nulls.
-    In the baseline year rates are null; a glacier that was not measured then, or missed the recall filter, enters the
-    extrapolated totals with its inventory area and the relative deviation of its size class.
+    correlation_length_km, both kept in the row), and over time in quadrature, or with
+    settings.between_year_correlation. A rate from the law is given an equal error at each time. Percentages are of the
+    summed baseline area, whose own error is left out or carried (settings.baseline_error). Sizes are classes of the
+    inventory area. Groups without any glacier of a method have ``n_glaciers`` 0 and nulls.
+    In the baseline year rates are null; a glacier that was not measured then, or has a flag of the filter that one
+    image can raise (recall, cloud, filled), enters the extrapolated totals with its inventory area and the relative
+    deviation of its size class.
 
     Parameters
     ----------
@@ -176,13 +181,14 @@ def regional_changes(
     areas : rows of the table ``areas`` of the year
     aspects : mean aspect of glaciers in degrees clockwise from north, by glacier id; adds the grouping ``aspect`` of
         eight sectors (glaciers without one, such as those too small to be modelled, are ``unknown``)
+    groupings : only these
 
     Raises
     ------
     ValueError
         if a measured glacier is not in the inventory, or a glacier occurs twice.
     """
-    inventory = _inventory(glaciers, settings)
+    inventory = inventory_frame(glaciers, settings)
     for name, frame in (("changes", changes), ("areas", areas)):
         ids = pd.Index(frame["glacier_id"].astype(str))
         if ids.has_duplicates:
@@ -190,16 +196,32 @@ def regional_changes(
         unknown = ids.difference(inventory.index)
         if len(unknown):
             raise ValueError(f"{name} of {year}: {len(unknown)} glaciers are not in the inventory, e.g. {unknown[0]}")
+    groups = [g for g in _groups(inventory, settings, aspects) if g[0] in groupings]
+    rows = total_rows(inventory, changes, areas, settings, year, baseline_year, groups)
+    return TABLES["regional_changes"].conform(pd.DataFrame(rows))
+
+
+def total_rows(
+    inventory: pd.DataFrame,
+    changes: pd.DataFrame,
+    areas: pd.DataFrame,
+    settings: ChangeSettings,
+    year: int,
+    baseline_year: int,
+    groups: Sequence[tuple[str, str, pd.Index]],
+) -> list[dict[str, Any]]:
+    """The rows of :func:`regional_changes` as plain data, for groups (grouping, group, glacier ids) of an inventory by
+    :func:`inventory_frame`. Nothing is checked: for callers that make many regions themselves."""
     if year == baseline_year:
         estimates = _baseline_estimates(inventory, areas, settings)
     else:
         estimates = _year_estimates(inventory, changes, areas, settings, year, baseline_year)
     rows = []
     correlation = ErrorCorrelation(settings.between_glacier_correlation, settings.correlation_length_km)
-    for grouping, group, ids in _groups(inventory, settings, aspects):
+    for grouping, group, ids in groups:
         for method in METHODS:
             frame = estimates[method]
-            mine = frame[frame.index.isin(ids)]
+            mine = frame if len(ids) == len(inventory) else frame[frame.index.isin(ids)]
             rows.append(
                 {
                     "year": year,
@@ -207,17 +229,24 @@ def regional_changes(
                     "group": group,
                     "method": method,
                     "baseline_year": baseline_year,
-                    **_total(mine, correlation, inventory),
+                    **_total(mine, correlation, inventory, settings),
                 }
             )
-    return TABLES["regional_changes"].conform(pd.DataFrame(rows))
+    return rows
 
 
 # --------------------------------------------------------------------------------------------- estimates by glacier
 _ESTIMATE = ["a0", "s0", "a1", "s1", "years", "rate", "e0", "e1", "measured"]
 
 
-def _inventory(glaciers: pd.DataFrame, settings: ChangeSettings) -> pd.DataFrame:
+def inventory_frame(glaciers: pd.DataFrame, settings: ChangeSettings) -> pd.DataFrame:
+    """What totals need of the table ``glaciers``, by glacier id in order: area, decimal date, country, class, position.
+
+    Raises
+    ------
+    ValueError
+        if a glacier occurs twice.
+    """
     country = glaciers["country"].astype("string").fillna("").str.strip()
     frame = pd.DataFrame(
         {
@@ -283,10 +312,11 @@ def _year_estimates(
     measured["e0"] = measured["s0"] / np.abs(t)
     measured["e1"] = measured["s1"] / np.abs(t)
     ok = rows["ok"].to_numpy(dtype=bool)
-    recalled = rows["recall"].to_numpy(dtype=float) >= settings.recall_min
+    raised = [rows[f"flag_{name}"].to_numpy(dtype=bool) for name in settings.filter if name != "snr"]
+    without_snr = ~np.logical_or.reduce(raised) if raised else np.ones(len(rows), dtype=bool)
     time = _time_of(inventory, rows, areas, settings, year, baseline_year)
     estimates = {"measured": measured, "filtered": measured[ok]}
-    for method, keep in (("extrapolated", ok), ("extrapolated_without_snr", recalled)):
+    for method, keep in (("extrapolated", ok), ("extrapolated_without_snr", without_snr)):
         good = measured[keep]
         law = fit_rate_law(
             inventory.loc[good.index, "area"].to_numpy(),
@@ -295,11 +325,15 @@ def _year_estimates(
             settings.size_class_edges_km2,
         )
         rest = inventory.drop(good.index)
-        estimates[method] = _joined(good, _from_law(rest, law, time, _relative_std(inventory, good)))
+        # Equal errors at both times, correlated in time as all errors are, that make up the law's own deviation.
+        share = 1.0 / np.sqrt(2.0 * (1.0 - settings.between_year_correlation))
+        estimates[method] = _joined(good, _from_law(rest, law, time, _relative_std(inventory, good), share))
     return estimates
 
 
-def _from_law(rest: pd.DataFrame, law: RateLaw, time: pd.Series, relative_std: np.ndarray) -> pd.DataFrame:
+def _from_law(
+    rest: pd.DataFrame, law: RateLaw, time: pd.Series, relative_std: np.ndarray, share: float
+) -> pd.DataFrame:
     area = rest["area"].to_numpy()
     percent, std = law.predict(area)
     t = time.reindex(rest.index).to_numpy(dtype=float)
@@ -318,8 +352,8 @@ def _from_law(rest: pd.DataFrame, law: RateLaw, time: pd.Series, relative_std: n
             "s1": rate_std * np.abs(t),
             "years": t,
             "rate": rate,
-            "e0": rate_std / np.sqrt(2.0),
-            "e1": rate_std / np.sqrt(2.0),
+            "e0": rate_std * share,
+            "e1": rate_std * share,
             "measured": False,
         },
         index=rest.index,
@@ -354,7 +388,14 @@ def _baseline_estimates(
         index=rows.index,
     )
     measured[["a1", "s1"]] = measured[["a0", "s0"]]
-    good = measured[rows["recall"].to_numpy(dtype=float) >= settings.recall_min]
+    of_one_image = rows.reindex(columns=["recall", "usable_share", "filled_share"]).astype(float)
+    stopped = {  # an unknown share raises no flag; an unknown recall does, as in `area_changes`
+        "recall": ~(of_one_image["recall"] >= settings.recall_min),
+        "cloud": of_one_image["usable_share"] < settings.usable_min,
+        "filled": of_one_image["filled_share"] > settings.filled_max,
+    }
+    bad = [flag.to_numpy() for name, flag in stopped.items() if name in settings.filter]
+    good = measured[~np.logical_or.reduce(bad)] if bad else measured
     rest = inventory.drop(good.index)
     relative = _relative_std(inventory, good)
     borrowed = pd.DataFrame({"a0": rest["area"], "measured": False}, index=rest.index)
@@ -381,7 +422,7 @@ def _joined(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
 
 # --------------------------------------------------------------------------------------------- sums
 def _total(
-    frame: pd.DataFrame, correlation: ErrorCorrelation, inventory: pd.DataFrame
+    frame: pd.DataFrame, correlation: ErrorCorrelation, inventory: pd.DataFrame, settings: ChangeSettings
 ) -> dict[str, float | int | None]:
     total: dict[str, float | int | None] = {
         "n_glaciers": len(frame),
@@ -399,7 +440,21 @@ def _total(
 
     a0 = float(values["a0"].sum())
     rate = float(values["rate"].sum())
-    rate_std = float(np.hypot(combined("e0"), combined("e1")))
+    second, between_years = combined("e1"), settings.between_year_correlation
+
+    def of_change(e0: np.ndarray) -> float:
+        independent = float(np.hypot(correlation.std_of_sum(e0, *where), second))
+        if not between_years:
+            return independent
+        # var(e1 - e0) = e0'Ce0 + e1'Ce1 - 2 rho e0'Ce1, and (e0 + e1)'C(e0 + e1) holds the last term.
+        both = correlation.std_of_sum(e0 + values["e1"], *where) ** 2
+        return float(np.sqrt(max(independent**2 - between_years * (both - independent**2), 0.0)))
+
+    rate_std = rate_std_pct = of_change(values["e0"])
+    if settings.baseline_error == "carried" and a0 > 0 and np.isfinite(values["e0"]).all():
+        # A measured baseline is also what its rate is divided by: its error counts 1 + years * rate / A0 times.
+        again = np.where(frame["measured"].to_numpy(dtype=bool), values["years"] * rate / a0, 0.0)
+        rate_std_pct = of_change(values["e0"] * np.maximum(1.0 + again, 0.0))
     total |= {
         "years": float(np.average(values["years"], weights=values["a0"])) if a0 > 0 else float("nan"),
         "baseline_area_km2": a0,
@@ -410,7 +465,7 @@ def _total(
         "rate_std_km2_per_year": rate_std,
     }
     if a0 > 0:
-        total |= {"rate_pct_per_year": 100 * rate / a0, "rate_std_pct_per_year": 100 * rate_std / a0}
+        total |= {"rate_pct_per_year": 100 * rate / a0, "rate_std_pct_per_year": 100 * rate_std_pct / a0}
     return total
 
 

@@ -1,14 +1,15 @@
 """A statistical simulator: regions with known rates and known errors, to check what the estimates claim.
 
-Belongs here: drawing many regions, members and errors without images or training, and the shares of them that the
-intervals cover. Does not belong here: the estimates themselves (``rates``, ``regional``, ``trends``); simulated images
-(``synthetic``).
+Belongs here: drawing many regions and the errors of their areas without images or training, and the shares of them that
+the intervals cover. An area's error is drawn as one number: what the members of an ensemble and their spread make of a
+margin is drawn in ``interval_simulator``.
+Does not belong here: the estimates themselves (``rates``, ``regional``, ``trends``); simulated images (``synthetic``).
 """
 
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,7 +19,7 @@ import pandas as pd
 
 from dl4gam_assets.change.correlation import EARTH_RADIUS_KM
 from dl4gam_assets.change.rates import area_changes
-from dl4gam_assets.change.regional import regional_changes
+from dl4gam_assets.change.regional import inventory_frame, total_rows
 from dl4gam_assets.compute import default_workers
 from dl4gam_assets.settings import ChangeSettings
 
@@ -62,8 +63,12 @@ class World:
     errors: Errors = field(default_factory=Errors)
 
 
-def draw_region(world: World, rng: np.random.Generator) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+def draw_region(
+    world: World, rng: np.random.Generator, prefix: str = "G"
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """A region: its inventory, and the areas that were measured in the baseline year and ``years`` later.
+
+    Ids start with ``prefix``.
 
     Returns
     -------
@@ -79,7 +84,7 @@ def draw_region(world: World, rng: np.random.Generator) -> tuple[pd.DataFrame, p
     width, height = (np.rad2deg(side / EARTH_RADIUS_KM) for side in world.extent_km)
     glaciers = pd.DataFrame(
         {
-            "glacier_id": [f"G{i:05d}" for i in range(n)],
+            "glacier_id": [f"{prefix}{i:05d}" for i in range(n)],
             "lon": 10 + width / np.cos(np.deg2rad(46.0)) * (rng.random(n) - 0.5),
             "lat": 46 + height * (rng.random(n) - 0.5),
             "country": "X",
@@ -99,13 +104,13 @@ def measure(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Measured areas of both years with errors drawn from the model: rows like those of the table ``areas``."""
     n = len(glaciers)
-    root = _root(glaciers, errors)
-    fixed = root @ rng.normal(size=n)
+    draw = _correlated(glaciers, errors, rng)
+    fixed = draw()
     out = []
     for number, column in enumerate(("true_area_0", "true_area_1")):
         true = glaciers[column].to_numpy(dtype=float)
         std = errors.relative_at_1km2 * np.maximum(true, 1e-3) ** (1 + errors.exponent)
-        own = root @ rng.normal(size=n)
+        own = draw()
         error = std * (np.sqrt(errors.shared_in_time) * fixed + np.sqrt(1 - errors.shared_in_time) * own)
         told = std * errors.reported * np.exp(rng.normal(0, errors.reported_scatter, n))
         measured = np.maximum(true + error, 0.0)
@@ -129,22 +134,18 @@ def measure(
     return out[0], out[1]
 
 
-def _root(glaciers: pd.DataFrame, errors: Errors) -> np.ndarray:
-    """Matrix that turns independent normal numbers into correlated ones of variance 1."""
-    n = len(glaciers)
-    if errors.correlation == 0.0:
-        return np.eye(n)
+def _correlated(glaciers: pd.DataFrame, errors: Errors, rng: np.random.Generator) -> Callable[[], np.ndarray]:
+    """Draws normal numbers (n,) of variance 1 that correlate between glaciers as the errors do."""
+    n, rho = len(glaciers), errors.correlation
     if errors.length_km is None:
-        shared = np.ones((n, n))
-    else:
-        a, b = np.deg2rad(glaciers["lon"].to_numpy()), np.deg2rad(glaciers["lat"].to_numpy())
-        unit = np.stack([np.cos(b) * np.cos(a), np.cos(b) * np.sin(a), np.sin(b)], axis=1)
-        shared = np.exp(-EARTH_RADIUS_KM / errors.length_km * np.arccos(np.clip(unit @ unit.T, -1, 1)))
-    matrix = errors.correlation * shared
+        return lambda: np.sqrt(rho) * rng.normal() + np.sqrt(1 - rho) * rng.normal(size=n)
+    a, b = np.deg2rad(glaciers["lon"].to_numpy()), np.deg2rad(glaciers["lat"].to_numpy())
+    unit = np.stack([np.cos(b) * np.cos(a), np.cos(b) * np.sin(a), np.sin(b)], axis=1)
+    matrix = rho * np.exp(-EARTH_RADIUS_KM / errors.length_km * np.arccos(np.clip(unit @ unit.T, -1, 1)))
     np.fill_diagonal(matrix, 1.0)
     values, vectors = np.linalg.eigh(matrix)
     root: np.ndarray = vectors * np.sqrt(np.maximum(values, 0.0))
-    return root
+    return lambda: root @ rng.normal(size=n)
 
 
 def simulate(
@@ -164,32 +165,42 @@ def simulate(
     glaciers : shares of single areas, and of single rates, whose interval (one deviation) holds the truth
     """
     rng = np.random.default_rng(seed)
-    # Decimal years differ by leap days from the simulated span; whole years are exact.
-    rows, inside_area, inside_rate = [], [], []
+    parts = [draw_region(world, rng, f"{draw:06d}-") for draw in range(draws)]
+    # Single glaciers know nothing of their region: those of all draws are done at once.
+    glaciers, baseline, areas = (pd.concat(frames, ignore_index=True) for frames in zip(*parts, strict=True))
+    year = int(areas["year"].iloc[0])
+    changes, _ = area_changes(baseline, areas, settings)
+    inventory = inventory_frame(glaciers, settings)
+    true = glaciers.set_index("glacier_id")
+    rate = (true["true_area_1"] - true["true_area_0"]) / world.years
+    rows = []
+    of_draw = changes["glacier_id"].str.slice(0, 6).astype(int).to_numpy()  # sorted, as the ids are
+    edges = np.searchsorted(of_draw, np.arange(draws + 1))
     for draw in range(draws):
-        glaciers, baseline, areas = draw_region(world, rng)
-        year = int(areas["year"].iloc[0])
-        changes, _ = area_changes(baseline, areas, settings)
-        totals = regional_changes(changes, glaciers, areas, settings, year, 2015)
-        totals = totals[totals["grouping"] == "region"].set_index("method")
-        true = glaciers.set_index("glacier_id")
-        rate = (true["true_area_1"] - true["true_area_0"]) / world.years
-        measured = changes.set_index("glacier_id")
-        ids = measured.index
-        everything = 100 * rate.sum() / true["true_area_0"].sum()
-        known = 100 * rate[ids].sum() / true.loc[ids, "true_area_0"].sum()
-        for method, total in totals.iterrows():
-            truth = everything if str(method).startswith("extrapolated") else known
-            rows.append((draw, method, truth, total["rate_pct_per_year"], total["rate_std_pct_per_year"]))
-        for year_areas, column in ((baseline, "true_area_0"), (areas, "true_area_1")):
-            off = year_areas["area_km2"].to_numpy() - true.loc[year_areas["glacier_id"], column].to_numpy()
-            inside_area.append(np.mean(np.abs(off) <= year_areas["std_km2"].to_numpy()))
-        off = measured["rate_km2_per_year"] - rate[ids]
-        inside_rate.append(float(np.mean(off.abs() <= measured["rate_std_km2_per_year"])))
+        mine = changes.iloc[edges[draw] : edges[draw + 1]]
+        own = inventory.iloc[draw * world.glaciers : (draw + 1) * world.glaciers]
+        known = mine["glacier_id"].to_numpy()
+        truths = {
+            extrapolated: 100 * rate[ids].sum() / true.loc[ids, "true_area_0"].sum()
+            for extrapolated, ids in ((True, own.index), (False, known))
+        }
+        groups = [("region", "all", own.index)]
+        for total in total_rows(own, mine, parts[draw][2], settings, year, 2015, groups):
+            method = str(total["method"])
+            truth = truths[method.startswith("extrapolated")]
+            rows.append((draw, method, truth, total.get("rate_pct_per_year"), total.get("rate_std_pct_per_year")))
+    inside_area = [
+        np.abs(measured["area_km2"].to_numpy() - true.loc[measured["glacier_id"], column].to_numpy())
+        <= measured["std_km2"].to_numpy()
+        for measured, column in ((baseline, "true_area_0"), (areas, "true_area_1"))
+    ]
+    single = changes.set_index("glacier_id")
+    off = (single["rate_km2_per_year"] - rate[single.index]).abs()
     regions = pd.DataFrame(rows, columns=["draw", "method", "truth", "estimate", "std"]).astype(
         {"truth": float, "estimate": float, "std": float}
     )
-    return regions, {"areas": float(np.mean(inside_area)), "rates": float(np.mean(inside_rate))}
+    inside_rate = float((off <= single["rate_std_km2_per_year"]).mean())
+    return regions, {"areas": float(np.mean(inside_area)), "rates": inside_rate}
 
 
 def summarize(regions: pd.DataFrame) -> pd.DataFrame:
@@ -223,6 +234,11 @@ SCENARIOS: dict[str, tuple[str, World, dict[str, Any]]] = {
         "Errors correlate by 0.3, and the estimate knows it.",
         replace(_BASE, errors=Errors(correlation=0.3)), {"between_glacier_correlation": 0.3},
     ),
+    "partly_dependent_carried": (
+        "The same, and the error of the baseline as a divisor is not left out (change.baseline_error: carried).",
+        replace(_BASE, errors=Errors(correlation=0.3)),
+        {"between_glacier_correlation": 0.3, "baseline_error": "carried"},
+    ),
     "decaying": (
         "Errors correlate over 50 km, and the estimate knows it.",
         replace(_BASE, errors=Errors(correlation=1.0, length_km=50.0)), {"correlation_length_km": 50.0},
@@ -239,6 +255,11 @@ SCENARIOS: dict[str, tuple[str, World, dict[str, Any]]] = {
         "Three quarters of the error's variance are the same in both years, and cancel; the estimate does not know.",
         replace(_BASE, errors=Errors(correlation=0.3, shared_in_time=0.75)), {"between_glacier_correlation": 0.3},
     ),
+    "shared_in_time_known": (
+        "The same, and the estimate knows it (change.between_year_correlation).",
+        replace(_BASE, errors=Errors(correlation=0.3, shared_in_time=0.75)),
+        {"between_glacier_correlation": 0.3, "between_year_correlation": 0.75},
+    ),
     "too_confident": (
         "Reported deviations are half the true ones.",
         replace(_BASE, errors=Errors(correlation=0.3, reported=0.5)), {"between_glacier_correlation": 0.3},
@@ -246,6 +267,11 @@ SCENARIOS: dict[str, tuple[str, World, dict[str, Any]]] = {
     "noisy": (
         "Images twice as noisy: most single changes drown, and the signal-to-noise filter keeps the large ones.",
         replace(_BASE, errors=Errors(relative_at_1km2=0.1, correlation=0.3)), {"between_glacier_correlation": 0.3},
+    ),
+    "noisy_without_recall": (
+        "The same without the recall filter, which drops glaciers whose baseline came out too small (change.filter).",
+        replace(_BASE, errors=Errors(relative_at_1km2=0.1, correlation=0.3)),
+        {"between_glacier_correlation": 0.3, "filter": ["snr"]},
     ),
 }  # fmt: skip
 

@@ -23,6 +23,7 @@ _HOMES = {
     "largest_covering_tau": "intervals",
     "tau_features": "intervals",
     "fit_tau": "intervals",
+    "left_out_taus": "intervals",
     "TauRule": "intervals",
     "conformal_classes": "conformal",
     "conformal_tau": "conformal",

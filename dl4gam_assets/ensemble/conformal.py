@@ -64,7 +64,8 @@ def conformal_classes(glaciers: pd.DataFrame, debris: pd.DataFrame, settings: Ca
     Parameters
     ----------
     glaciers : the table ``glaciers`` (glacier_id, inventory_area_km2)
-    debris : the table ``debris`` (glacier_id, debris_km2); a glacier that is not in it is clean
+    debris : the table ``debris`` (glacier_id, debris_km2); a glacier that is not in it is clean, and the debris of one
+        that is in it several times adds up
     settings : edges of the size classes (km2), and the debris share that makes a glacier debris-covered
 
     Returns
@@ -72,7 +73,8 @@ def conformal_classes(glaciers: pd.DataFrame, debris: pd.DataFrame, settings: Ca
     DataFrame (glacier_id, size_class, debris_class), in the order of ``glaciers``.
     """
     area = glaciers["inventory_area_km2"].to_numpy(dtype=np.float64)
-    covered = glaciers["glacier_id"].map(debris.set_index("glacier_id")["debris_km2"]).astype("float64").fillna(0.0)
+    by_glacier = debris.groupby("glacier_id")["debris_km2"].sum()
+    covered = glaciers["glacier_id"].map(by_glacier).astype("float64").fillna(0.0)
     share = covered.to_numpy() / np.maximum(area, 1e-9)
     labels = np.asarray(_size_labels(settings.conformal_size_edges_km2), dtype=object)
     return pd.DataFrame(

@@ -21,6 +21,7 @@ _HOMES = {
     "glacier_zones": "zones",
     "geographic_folds": "folds",
     "glacier_grid": "grid",
+    "double_counted_km2": "overlap",
     "prepare_inventory": "_prepare",
     "restrict_modelled": "_prepare",
     "split_ice_bodies": "sgi",

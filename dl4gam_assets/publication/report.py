@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from upath import UPath
 
+from dl4gam_assets.publication.truth import truth_of_year
 from dl4gam_assets.settings import Region
 from dl4gam_assets.storage import Snapshot, Storage
 from dl4gam_assets.tables import INTERVAL_RULES
@@ -107,7 +108,7 @@ def collect(storage: Storage, region: Region, year: int) -> dict[str, Any]:
     areas = storage.read_table("areas", year=year)
     changes = storage.read_table("changes", year=year)
     is_baseline = year == baseline_year
-    largest = _largest(changes, glaciers)
+    largest = _largest(changes, glaciers, storage.read_table("areas"), year, region)
     closely = _closely(changes, glaciers, areas, region.publication.report_glaciers)
     told = list(dict.fromkeys([*(r["glacier_id"] for r in largest), *closely]))
     stories = _stories(storage, region, told, sorted({baseline_year, year}, reverse=True))
@@ -141,6 +142,7 @@ def collect(storage: Storage, region: Region, year: int) -> dict[str, Any]:
         "quality_origin": _origin_of_quality(storage, region),
         "quality": _quality(storage),
         "coverage": _coverage(storage, region),
+        "known": truth_of_year(region, storage, year),
         "calibration": storage.read_table("calibration").drop_duplicates("fold").sort_values("fold").to_dict("records"),
         **_failures(storage, year),
         "exclusions": _exclusions(changes, region.change.filter),
@@ -315,7 +317,20 @@ def _series(regional: pd.DataFrame, baseline_year: int) -> dict[str, Any]:
         table.append(line)
     drawn = rows[rows["area_km2"].notna()]
     picture = figures.area_series(drawn, baseline_year) if drawn["year"].nunique() > 1 else None
-    return {"series": table, "series_figure": picture}
+    return {"series": table, "series_figure": picture, "series_trend": _series_trend(rows)}
+
+
+def _series_trend(rows: pd.DataFrame) -> dict[str, Any] | None:
+    """Theil-Sen slope of the region's extrapolated areas: one odd year does not turn it, as it may a two-year rate."""
+    from dl4gam_assets.change.trends import theil_sen
+
+    drawn = rows[(rows["method"] == "extrapolated") & rows["area_km2"].notna()].sort_values("year")
+    if len(drawn) < 3:
+        return None
+    t, area = (drawn[c].to_numpy(dtype=float) for c in ("year", "area_km2"))
+    slope = float(theil_sen(t[None], area[None])[0])
+    start = float(np.median(area - slope * (t - t[0])))
+    return {"km2": slope, "pct": 100 * slope / start if start > 0 else None, "n": len(drawn), "first": int(t[0])}
 
 
 def _classes(mine: pd.DataFrame, region: Region) -> dict[str, Any]:
@@ -340,7 +355,12 @@ def _countries(mine: pd.DataFrame) -> list[dict[str, Any]]:
     return rows.sort_values("area_km2", ascending=False).to_dict("records") if len(rows) > 1 else []
 
 
-def _largest(changes: pd.DataFrame, glaciers: pd.DataFrame) -> list[dict[str, Any]]:
+def _largest(
+    changes: pd.DataFrame, glaciers: pd.DataFrame, areas: pd.DataFrame, year: int, region: Region
+) -> list[dict[str, Any]]:
+    """The largest changes, each with its robust trend over all images up to the year (null: fewer than three)."""
+    from dl4gam_assets.change import area_trends
+
     if changes.empty:
         return []
     names = _names(glaciers)
@@ -348,7 +368,10 @@ def _largest(changes: pd.DataFrame, glaciers: pd.DataFrame) -> list[dict[str, An
         change_km2=changes["area_km2"] - changes["baseline_area_km2"], name=changes["glacier_id"].map(names).fillna("")
     )
     rows = rows.reindex(rows["change_km2"].abs().sort_values(ascending=False, kind="stable").index)
-    return rows.head(SHOWN).to_dict("records")
+    rows = rows.head(SHOWN)
+    seen = areas[areas["glacier_id"].isin(rows["glacier_id"]) & (areas["year"] <= max(year, region.years.baseline))]
+    trends = area_trends(seen, region.change).set_index("glacier_id")[["n_years", "theil_sen_pct_per_year"]]
+    return rows.join(trends, on="glacier_id").to_dict("records")
 
 
 def _quality(storage: Storage) -> list[dict[str, Any]]:

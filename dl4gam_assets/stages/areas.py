@@ -83,12 +83,15 @@ def _shares_inputs(ws: Workspace) -> dict[str, Any]:
 def interval_taus(ws: Workspace, fold: int, *, force: bool = False) -> StageResult:
     """tau of the fold's test glaciers from their maps of the inventory year: published and conformal, side by side.
 
-    The column ``tau`` is the one that ``calibration.intervals`` names; areas and outlines of all years use it.
+    The column ``tau`` is the one that ``calibration.intervals`` names; areas and outlines of all years use it. Where
+    the fold has too few validation glaciers for the regression, the published tau is one quantile over those of all
+    folds that it does not test (``calibration.pool_folds``), and the columns ``published_*`` say so.
     """
-    from dl4gam_assets.ensemble import TauRule, conformal_classes, conformal_taus, pooled_validation
+    from dl4gam_assets.ensemble import TauRule, conformal_classes, conformal_tau, conformal_taus, pooled_validation
 
     baseline, settings, label = ws.region.years.baseline, ws.region.calibration, fold_label(fold)
-    others = [f for f in range(1, ws.region.folds.n + 1) if f != fold and settings.conformal_pool_folds]
+    pooling = settings.conformal_pool_folds or settings.pool_folds
+    others = [f for f in range(1, ws.region.folds.n + 1) if f != fold and pooling]
 
     def work() -> tuple[str, dict[str, Any], dict[str, bytes]]:
         storage = ws.storage
@@ -113,7 +116,12 @@ def interval_taus(ws: Workspace, fold: int, *, force: bool = False) -> StageResu
         own, pooled = pooled_validation(scores, storage.read_table("folds"), fold, settings.conformal_pool_folds)
         classes = conformal_classes(storage.read_table("glaciers"), storage.read_table("debris"), settings)
         taus = conformal_taus(own, pooled, classes, predictions["glacier_id"].tolist(), settings)
-        taus["tau_published"] = rule.predict(features)
+        taus["tau_published"], scope, n = rule.predict(features), "fold", int(calibration["n_glaciers"].iloc[0])
+        if settings.pool_folds and len(own) < settings.min_glaciers:
+            _, every = pooled_validation(scores, storage.read_table("folds"), fold)
+            taus["tau_published"] = conformal_tau(every["covering_tau"].to_numpy(dtype=float), settings.coverage)
+            scope, n = "folds", len(every)
+        taus = taus.assign(published_method=rule.method, published_scope=scope, published_n=n)
         taus["tau"] = taus[f"tau_{settings.intervals}"]
         storage.write_table("taus", taus, {"fold": fold})
         few = taus[taus["conformal_n"] < settings.conformal_min_glaciers]
@@ -122,6 +130,8 @@ def interval_taus(ws: Workspace, fold: int, *, force: bool = False) -> StageResu
             "median_tau": float(taus["tau"].median()) if len(taus) else None,
             "intervals": settings.intervals,
             "method": rule.method,
+            "published_scores_of": scope,
+            "published_validation_glaciers": n,
             "median_tau_published": float(taus["tau_published"].median()) if len(taus) else None,
             "median_tau_conformal": float(taus["tau_conformal"].median()) if len(taus) else None,
             "conformal_groups": _groups_of(taus),
@@ -136,11 +146,13 @@ def interval_taus(ws: Workspace, fold: int, *, force: bool = False) -> StageResu
         "folds": ws.upstream("cross_validation_folds"),
         "glaciers": ws.upstream("inventory_outlines"),
         "debris": ws.upstream_or_none("debris_outlines"),
-        "settings": settings.model_dump(mode="json", include={"intervals", "coverage", *_CONFORMAL}),
+        "settings": settings.model_dump(mode="json", include={"intervals", "coverage", *_POOLED, *_CONFORMAL}),
+        "tables": 2,  # raised when the columns or rules change
     }
     return run_stage(ws, "interval_taus", label, inputs, work, force=force)
 
 
+_POOLED = {"min_glaciers", "pool_folds"}
 _CONFORMAL = {
     "conformal_size_edges_km2", "conformal_debris_min", "conformal_min_glaciers", "conformal_pool_folds",
 }  # fmt: skip
@@ -307,7 +319,7 @@ def outlines_of(site: Site, year: int, fold: int, glacier_id: str) -> Any:
 
 
 def glacier_outlines(ws: Workspace, year: int, *, force: bool = False) -> StageResult:
-    """Polygons of the year's maps: best, lower, upper."""
+    """Polygons of the year's maps: best, lower, upper. What is read is asserted as for areas."""
     import geopandas as gpd
     import shapely
 
@@ -316,6 +328,9 @@ def glacier_outlines(ws: Workspace, year: int, *, force: bool = False) -> StageR
 
     def work() -> tuple[str, dict[str, Any], dict[str, bytes]]:
         predictions = ws.storage.read_table("predictions", year=year)
+        cubes = ws.storage.read_table("cubes", year=year).set_index("glacier_id")
+        for fold, of_fold in _assert_current(predictions, cubes).groupby("fold"):
+            expect_calibrated(ws, int(fold), of_fold)
         tasks = [(r.glacier_id, (ws.site, year, int(r.fold), r.glacier_id)) for r in predictions.itertuples()]
         values, failures = ws.over_glaciers("glacier_outlines", label, outlines_of, tasks)
         frames = [f.assign(glacier_id=g) for g, f in values.items() if len(f)]

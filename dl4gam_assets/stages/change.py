@@ -52,13 +52,15 @@ def area_change(ws: Workspace, year: int, *, force: bool = False) -> StageResult
 def regional_change(ws: Workspace, year: int, *, force: bool = False) -> StageResult:
     """Totals of the year by region, country, size class and aspect."""
     from dl4gam_assets.change import regional_changes
+    from dl4gam_assets.inventory import double_counted_km2
 
     def work() -> tuple[str, dict[str, Any], dict[str, bytes]]:
         changes = ws.storage.read_table("changes", year=year)
         elevations = ws.storage.read_table("elevations").set_index("glacier_id")
+        glaciers = ws.storage.read_table("glaciers")
         totals = regional_changes(
             changes=changes,
-            glaciers=ws.storage.read_table("glaciers"),
+            glaciers=glaciers,
             areas=ws.storage.read_table("areas", year=year),
             settings=ws.region.change,
             year=year,
@@ -67,6 +69,8 @@ def regional_change(ws: Workspace, year: int, *, force: bool = False) -> StageRe
         )
         ws.storage.write_table("regional_changes", totals, {"year": year})
         metadata: dict[str, Any] = {}
+        if ws.region.areas.shared_ground == "each":  # with "once" no ground is
+            metadata["double_counted_km2"] = double_counted_km2(glaciers)
         for row in totals[totals["grouping"] == "region"].itertuples():
             metadata |= {
                 f"{row.method}_area_km2": _number(row.area_km2),
@@ -75,9 +79,13 @@ def regional_change(ws: Workspace, year: int, *, force: bool = False) -> StageRe
             }
         everything = ws.storage.read_table("regional_changes")
         series = everything[
-            (everything["grouping"] == "region") & (everything["method"] == "measured") & (everything["year"] <= year)
+            (everything["grouping"] == "region")
+            & (everything["method"] == "extrapolated")
+            & (everything["year"] <= year)
+            & everything["area_km2"].notna()
         ].sort_values("year")
-        pictures = {"area by year": previews.area_series(series, ws.region.title)} if len(series) else {}
+        title = f"{ws.region.title}: all {int(totals['n_glaciers'].max())} glaciers, so many measured"
+        pictures = {"area by year": previews.area_series(series, title)} if len(series) else {}
         return frame_fingerprint(totals), metadata, pictures
 
     inputs = {
@@ -85,6 +93,7 @@ def regional_change(ws: Workspace, year: int, *, force: bool = False) -> StageRe
         "areas": _areas_fingerprints(ws, year),
         "glaciers": ws.upstream("inventory_outlines"),
         "aspects": ws.upstream("elevation"),
+        "version": 2,  # raised when the rules of totals change
         "settings": ws.region.fingerprint("change"),
     }
     return run_stage(ws, "regional_change", str(year), inputs, work, force=force)

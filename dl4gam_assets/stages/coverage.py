@@ -6,10 +6,10 @@ Belongs here: reading the tables. Does not belong here: counting (``change.cover
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import pandas as pd
 
+from dl4gam_assets.publication.truth import known_truth
 from dl4gam_assets.settings import Region
 from dl4gam_assets.stages.base import UpstreamError
 from dl4gam_assets.storage import Storage
@@ -34,9 +34,9 @@ def measured_coverage(region: Region, storage: Storage, years: Sequence[int] | N
     areas = areas.reset_index(drop=True)
     classes = conformal_classes(storage.read_table("glaciers"), storage.read_table("debris"), region.calibration)
     known: dict[str, pd.Series] = {}
-    truth = Path(str(storage.inputs())) / "truth" / "areas.parquet" if region.simulation is not None else None
-    if truth is not None and truth.exists():
-        true = pd.read_parquet(truth).set_index(["glacier_id", "year"])["area_km2"]
+    truth = known_truth(region, storage)
+    if truth is not None:
+        true = truth.set_index(["glacier_id", "year"])["area_km2"]
         keys = pd.MultiIndex.from_arrays([areas["glacier_id"].astype(str), areas["year"].astype(int)])
         of_rows = pd.Series(true.reindex(keys).to_numpy(), areas.index)
         seen = sorted(areas.loc[of_rows.notna(), "year"].unique())

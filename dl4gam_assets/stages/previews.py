@@ -121,9 +121,19 @@ def reliability(before: pd.DataFrame, after: pd.DataFrame, title: str = "") -> b
 
 
 def area_series(frame: pd.DataFrame, title: str = "") -> bytes:
-    """Regional area by year with its one-sigma bar; columns year, area_km2, std_km2."""
+    """Area of one and the same glaciers by year with its one-sigma bar, and how many of them were measured (in grey).
+
+    Columns year, area_km2, std_km2, n_measured. Totals of the glaciers that happened to be measured are no series:
+    their number changes with the clouds.
+    """
     figure = _figure(3.6, 2.4)
     axes = figure.subplots()
+    for row in frame.itertuples():
+        axes.annotate(
+            f"{int(row.n_measured)}", (int(row.year), row.area_km2 - row.std_km2), xytext=(0, -3),
+            textcoords="offset points", ha="center", va="top", fontsize=5, color="#777",
+        )  # fmt: skip
+    axes.margins(y=0.15)
     axes.errorbar(
         frame["year"].astype(int), frame["area_km2"], yerr=frame["std_km2"], fmt="o-", color="#20557a", markersize=3,
         linewidth=1, capsize=2,

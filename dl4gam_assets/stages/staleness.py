@@ -384,9 +384,11 @@ class _Graph:
                 return tested, NONE
             return (NONE, tested) if possible & ids else None
         if asset == "interval_taus" and key.startswith("other_calibrations"):
-            # Scores of other folds enter conformal intervals only.
+            # Scores of other folds enter conformal intervals, and published ones where the fold's own are few.
             if self.ws.region.calibration.intervals == "published":
-                return None
+                taus = self.ws.storage.read_table("taus", fold=numbers[0])
+                if not (taus["published_scope"] == "folds").any():
+                    return None
             tested = self.tested(numbers[0])
             return (tested, NONE) if certain else (NONE, tested)
         kind = PARTITIONED.get(asset, "none")

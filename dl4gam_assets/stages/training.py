@@ -661,7 +661,7 @@ def calibration(ws: Workspace, fold: int, *, force: bool = False) -> StageResult
             mode="json",
             exclude={name for name in type(settings).model_fields if name.startswith("conformal_")} | {"intervals"},
         ),
-        "tables": 2,  # raised when the columns change
+        "tables": 3,  # raised when the columns or the rule of tau change
         "inference": ws.region.inference.model_dump(mode="json"),
     }
 
@@ -698,24 +698,33 @@ def calibration(ws: Workspace, fold: int, *, force: bool = False) -> StageResult
             ))  # fmt: skip
             truths.append(truth)
             areas.append(area)
-        rule = science.fit_tau(pd.DataFrame(features), np.asarray(taus), settings)
-        table = pd.DataFrame(features).drop(columns="log_area").assign(
-            glacier_id=list(values),
+        told = pd.DataFrame(features, index=pd.Index(list(values), name="glacier_id"))
+        rule = science.fit_tau(told, np.asarray(taus), settings)
+        if rule.left_out:
+            ws.logger.warning(
+                f"calibration [{label}]: tau is not fitted on {', '.join(rule.left_out)}: their maps have pixels "
+                "without a value"
+            )
+        table = told.reset_index().drop(columns="log_area").assign(
             n_pixels=[len(value["sample_labels"]) for value in values.values()],
             inventory_area_km2=truths,
             predicted_area_km2=np.asarray(areas, dtype=float),
             covering_tau=taus,
-            tau=rule.predict(pd.DataFrame(features)),
+            tau=rule.predict(told),
+            tau_left_out=science.left_out_taus(told, np.asarray(taus), settings),
         )  # fmt: skip
-        bounds = []
-        for tau, (glacier_id, value) in zip(table["tau"], values.items(), strict=True):
+        rules = {"inside": table["tau"].to_numpy(), "inside_left_out": table["tau_left_out"].to_numpy()}
+        bounds = {of: np.zeros((len(table), 2)) for of in rules}
+        for row, (glacier_id, value) in enumerate(values.items()):
             mean, std, allowed = _measured(ws.site, fold, glacier_id, temperatures)  # again: not all of them at once
-            lower, upper = science.interval_masks(mean, std, float(tau), allowed)
-            bounds.append((float(lower.sum() * value["pixel_km2"]), float(upper.sum() * value["pixel_km2"])))
+            for of, by_rule in rules.items():
+                masks = science.interval_masks(mean, std, float(by_rule[row]), allowed)
+                bounds[of][row] = [float(mask.sum() * value["pixel_km2"]) for mask in masks]
         ws.storage.remove_folder(_measured_folder(ws.site, fold))
-        table[["lower_km2", "upper_km2"]] = bounds
-        truth = table["inventory_area_km2"]
-        table["inside"] = (table["lower_km2"] - 1e-9 <= truth) & (truth <= table["upper_km2"] + 1e-9)
+        outlines = table["inventory_area_km2"].to_numpy(dtype=float)
+        for of, found in bounds.items():
+            table[of] = (found[:, 0] - 1e-9 <= outlines) & (outlines <= found[:, 1] + 1e-9)
+        table[["lower_km2", "upper_km2"]] = bounds["inside"]
         manifest = manifest_of(ws.site, fold)
         frame = pd.DataFrame(
             {
@@ -725,9 +734,11 @@ def calibration(ws: Workspace, fold: int, *, force: bool = False) -> StageResult
                 "ece_before": ece[0],
                 "ece_after": ece[1],
                 "method": rule.method,
-                "n_glaciers": len(values),
+                "n_glaciers": len(values) - len(rule.left_out),
+                "tau_scope": "folds" if rule.method == "regional_quantile" and settings.pool_folds else "fold",
                 "coefficients": rule.to_json(),
                 "validation_coverage": float(table["inside"].mean()),
+                "left_out_coverage": float(table["inside_left_out"].mean()),
                 "n_pixels": len(labels),
                 "glacier_ids": json.dumps(list(values)),
                 "temperature_at_limit": np.isclose(
@@ -751,9 +762,12 @@ def calibration(ws: Workspace, fold: int, *, force: bool = False) -> StageResult
             "temperatures_at_limit": int(frame["temperature_at_limit"].sum()),
             "median_tau": float(np.median(taus)),
             "validation_coverage": float(table["inside"].mean()),
+            "left_out_coverage": float(table["inside_left_out"].mean()),
         }
         picture = previews.reliability(diagrams[False], diagrams[True], label)
-        return fingerprint([frame_fingerprint(frame), frame_fingerprint(table)]), metadata, {"reliability": picture}
+        # Where the quantile will be taken from is told here, and done in `interval_taus`: maps do not depend on it.
+        content = [frame_fingerprint(frame.drop(columns="tau_scope")), frame_fingerprint(table)]
+        return fingerprint(content), metadata, {"reliability": picture}
 
     return run_stage(ws, "calibration", label, inputs, work, force=force)
 

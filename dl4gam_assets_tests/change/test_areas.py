@@ -72,11 +72,16 @@ def test_debris_terminus_and_usable_share() -> None:
     assert row["debris_recall"] == pytest.approx(0.6)
     # Predicted rows end at 27; the lowest 30 of 20 columns a row: 20 pixels of row 27, 10 of row 26.
     assert row["terminus_m"] == pytest.approx(dem[27, 0], abs=1e-3)
+    assert row["terminus_lowest_m"] == row["terminus_m"]
+    pit = dem.copy()
+    pit[15, 15] = 1000.0  # a hole in the DEM is the lowest pixel, and no terminus
+    holed = area_row(*certain(GLACIER), make_cube(GLACIER, dem=pit), tau=0.3)
+    assert holed["terminus_lowest_m"] == 1000.0 and holed["terminus_m"] > 2200
     near = counted_pixels(cube).sum()
     assert row["usable_share"] == pytest.approx(1 - 200 / near)
     few = area_row(*certain(GLACIER), make_cube(GLACIER, debris=box(SHAPE, (10, 11), (10, 13))), tau=0.3)
     assert few["debris_recall"] is None and few["debris_km2"] == pytest.approx(0.0003)
-    assert few["terminus_m"] is None
+    assert few["terminus_m"] is few["terminus_lowest_m"] is None
     frame = TABLES["areas"].conform(_frame([row, few | {"glacier_id": "G2"}]), {"year": 2015, "fold": 1})
     assert len(frame) == 2
 
@@ -176,6 +181,7 @@ def test_a_cube_read_back_from_its_file_gives_the_same_figures_and_outlines(tmp_
     with open_cube(tmp_path / "cube.nc") as again:
         row, outlines = area_row(mean, std, again, 0.3), extract_outlines(mean, std, again, 0.3)
     expected = area_row(mean, std, cube, 0.3)
-    assert row.pop("terminus_m") == pytest.approx(expected.pop("terminus_m"), abs=0.25)  # stored in half metres
+    for height in ("terminus_m", "terminus_lowest_m"):  # stored in half metres
+        assert row.pop(height) == pytest.approx(expected.pop(height), abs=0.25)
     assert row == expected
     assert outlines.geometry.geom_equals_exact(extract_outlines(mean, std, cube, 0.3).geometry, 1e-9).all()

@@ -39,6 +39,23 @@ def test_both_rules_hold_what_they_claim_where_the_maps_tell_their_errors() -> N
         assert 0.63 < _of(found, method)["coverage"] < 0.73
 
 
+@pytest.mark.parametrize("name", ["at_the_limit", "few"])
+def test_few_validation_glaciers_keep_the_promise(name: str) -> None:
+    """Just enough for the regression, and just too few."""
+    world = INTERVAL_SCENARIOS[name][1]
+    least = CalibrationSettings().min_glaciers
+    assert world.validation == least if name == "at_the_limit" else world.validation < least
+    found = simulate_intervals(world, CalibrationSettings(), draws=300, seed=6)
+    for method in ("published", "conformal"):
+        assert 0.63 < _of(found, method)["coverage"] < 0.73
+    assert _of(found, "published")["coverage_std"] < 0.01
+
+
+def test_two_validation_glaciers_promise_nothing_but_the_zone() -> None:
+    found = simulate_intervals(INTERVAL_SCENARIOS["two"][1], CalibrationSettings(), draws=10, seed=6)
+    assert _of(found, "published")["coverage"] == _of(found, "conformal")["coverage"] == 1.0
+
+
 def test_hidden_errors_of_debris_escape_the_published_rule_and_not_the_conformal_one() -> None:
     """Known and documented: the four features do not know debris."""
     found = simulate_intervals(INTERVAL_SCENARIOS["debris_hidden"][1], CalibrationSettings(), draws=60, seed=4)

@@ -37,6 +37,22 @@ def test_rate_and_deviation_by_hand() -> None:
     assert row["snr"] == pytest.approx(4.0) and bool(row["ok"]) and row["flags"] == ""
 
 
+def test_errors_of_two_years_that_correlate_cancel_and_a_baseline_divides_too() -> None:
+    baseline = year_of(2015, glacier_id=["a"], area_km2=[2.0], std_km2=[0.03])
+    areas = year_of(2019, glacier_id=["a"], area_km2=[1.8], std_km2=[0.04])
+    half = PUBLISHED.model_copy(update={"between_year_correlation": 0.5})
+    row = area_changes(baseline, areas, half)[0].iloc[0]
+    of_change = np.sqrt(0.03**2 + 0.04**2 - 0.03 * 0.04)
+    assert row["rate_std_km2_per_year"] == pytest.approx(of_change / 4)
+    assert row["rate_std_pct_per_year"] == pytest.approx(100 * of_change / 4 / 2)
+    carried = PUBLISHED.model_copy(update={"baseline_error": "carried"})
+    row = area_changes(baseline, areas, carried)[0].iloc[0]
+    assert row["rate_std_km2_per_year"] == pytest.approx(0.05 / 4)  # what is not divided stays
+    draws = np.random.default_rng(1).normal([2.0, 1.8], [0.003, 0.004], (200_000, 2))  # small: first order is exact
+    spread = (100 * (draws[:, 1] / draws[:, 0] - 1) / 4).std()
+    assert row["rate_std_pct_per_year"] == pytest.approx(10 * spread, rel=0.01)
+
+
 def test_dates_of_the_images_make_the_time_not_the_partitions() -> None:
     baseline = year_of(2015, glacier_id=["a"], area_km2=[2.0], image_date=["2016-08-01"])
     areas = year_of(2020, glacier_id=["a"], area_km2=[1.0])
@@ -79,14 +95,15 @@ def test_cloud_filling_and_growth_are_columns_that_exclude_nobody_unless_asked_t
 
 def test_every_glacier_is_either_a_row_or_an_exclusion_with_its_reason() -> None:
     baseline = year_of(
-        2015, glacier_id=["a", "same", "short", "gone"], area_km2=[1.0] * 4,
-        image_date=["2015-09-01", "2016-09-01", "2016-07-01", "2015-09-01"],
+        2015, glacier_id=["a", "same", "short", "gone", "undated"], area_km2=[1.0] * 5,
+        image_date=["2015-09-01", "2016-09-01", "2016-07-01", "2015-09-01", None],
     )  # fmt: skip
-    areas = year_of(2016, glacier_id=["new", "short", "same", "a"], area_km2=[1.0] * 4)
+    areas = year_of(2016, glacier_id=["new", "short", "same", "a", "undated"], area_km2=[1.0] * 5)
     changes, excluded = area_changes(baseline, areas, EXACT)
     assert changes["glacier_id"].tolist() == ["a"]
     assert dict(zip(excluded["glacier_id"], excluded["reason"])) == {
         "new": "no_baseline", "gone": "not_measured", "same": "same_date", "short": "short_time",
+        "undated": "no_date",
     }  # fmt: skip
 
 

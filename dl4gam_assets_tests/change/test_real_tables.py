@@ -55,9 +55,9 @@ def test_validation_parts_test_from_training_in_the_alps(alps: pd.DataFrame) -> 
     side = np.sqrt(area) / 111 / 2
     boxes = shapely.box(lon - side, lat - side, lon + side, lat + side)
     frame = gpd.GeoDataFrame(large.reset_index(drop=True).assign(east=lon + side), geometry=boxes, crs="EPSG:4326")
-    start = time.perf_counter()
+    start = time.process_time()
     folds = geographic_folds(frame, 5, 0.1)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     joined = folds.merge(frame[["glacier_id", "east", "inventory_area_km2"]], on="glacier_id")
     share = joined.pivot_table(index="fold", columns="role", values="inventory_area_km2", aggfunc="sum")
     share = share.div(share.sum(axis=1), axis=0)
@@ -74,17 +74,24 @@ def test_the_law_comes_back_within_its_interval_in_seconds(alps: pd.DataFrame, c
     rng = np.random.default_rng(3)
     # Errors are independent here, whatever the totals assume: drawing them correlated would cost more than the test.
     baseline, areas = measure(mine, Errors(relative_at_1km2=0.03, correlation=0.0), rng, YEARS)
-    start = time.perf_counter()
+    # Images of the inventory's own dates, each glacier eight years later again.
+    baseline["image_date"] = mine["inventory_date"].to_numpy()
+    areas["image_date"] = baseline["image_date"] + pd.Timedelta(days=365.25 * YEARS)
+    start = time.process_time()
     changes, excluded = area_changes(baseline, areas, settings)
     aspects = alps.set_index("glacier_id")["aspect"]
     totals = regional_changes(changes, alps, areas, settings, int(areas["year"].iloc[0]), 2015, aspects)
-    assert time.perf_counter() - start < 20
+    assert time.process_time() - start < 20
     assert not len(excluded) and len(changes) == len(mine)
     region = totals[totals["grouping"] == "region"].set_index("method")
     true = 100 * (alps["true_area_1"].sum() - alps["true_area_0"].sum()) / YEARS / alps["true_area_0"].sum()
     row = region.loc["extrapolated_without_snr"]
     assert row["n_glaciers"] == 4395
-    assert abs(row["rate_pct_per_year"] - true) < max(row["rate_std_pct_per_year"], 0.1)
+    off = abs(row["rate_pct_per_year"] - true)
+    assert off < 2 * row["rate_std_pct_per_year"] and off < 0.1
+    if correlation == {"between_glacier_correlation": 0.0}:  # told in docs/validation.md: the filter's lean shows here
+        filtered = region.loc["extrapolated"]
+        assert true - filtered["rate_pct_per_year"] > filtered["rate_std_pct_per_year"]
     assert set(totals["grouping"]) == {"region", "country", "size_class", "aspect"}
     for grouping in ("country", "size_class", "aspect"):
         parts = totals[(totals["grouping"] == grouping) & (totals["method"] == "extrapolated")]
@@ -100,7 +107,18 @@ def test_the_law_comes_back_within_its_interval_in_seconds(alps: pd.DataFrame, c
     at = np.array([0.02, 0.2, 2.0, 20.0])
     x = np.log10(at)
     predicted, std = law.predict(at)
-    assert (np.abs(predicted - (LAW[0] + LAW[1] * x + LAW[2] * x**2)) < std).all()
+    off = np.abs(predicted - (LAW[0] + LAW[1] * x + LAW[2] * x**2))
+    assert (off < std).all()
+    # And within the standard errors of the weighted fit, whose residuals hold the scatter that the weights do not know.
+    fitted = np.log10(mine["inventory_area_km2"].to_numpy())
+    design = np.column_stack([np.ones(len(fitted)), fitted, fitted**2])
+    weight = 1 / rates["rate_std_pct_per_year"].to_numpy() ** 2
+    residual = rates["rate_pct_per_year"].to_numpy() - design @ np.array(law.coefficients)
+    bread = np.linalg.inv(design.T @ (design * weight[:, None]))
+    covariance = bread @ (design.T @ (design * (weight * residual)[:, None] ** 2)) @ bread
+    at_design = np.column_stack([np.ones(4), x, x**2])
+    errors = np.sqrt(np.einsum("ij,jk,ik->i", at_design, covariance, at_design))
+    assert (off[1:] < 3.5 * errors[1:]).all()  # 0.02 km2 lies outside of what was fitted
 
 
 def test_size_classes_of_the_alps(alps: pd.DataFrame) -> None:

@@ -79,6 +79,46 @@ def test_the_law_of_rates_is_found_again_from_noisy_glaciers() -> None:
     assert spoiled.coefficients == pytest.approx(law.coefficients, abs=0.25)
 
 
+@pytest.mark.parametrize("between", [0.0, 0.6])
+@pytest.mark.parametrize("rho", [0.0, 0.4, 1.0])
+def test_totals_carry_errors_as_the_full_matrix_does(rho: float, between: float) -> None:
+    """The covariance of all areas of both years, written out: correlation rho between glaciers, ``between`` in time."""
+    area = np.array([1.0, 2.0, 4.0])
+    s0, s1 = np.array([0.05, 0.02, 0.2]), np.array([0.03, 0.08, 0.1])
+    inventory = inventory_of(area)
+    baseline, areas = areas_of(inventory, 2015, area, s0), areas_of(inventory, 2019, 0.8 * area, s1)
+    chosen = {"between_glacier_correlation": rho, "between_year_correlation": between}
+    one = np.full((3, 3), rho) + (1 - rho) * np.eye(3)
+    matrix = np.kron(np.array([[1, between], [between, 1]]), one) * np.outer(np.r_[s0, s1], np.r_[s0, s1])
+    for how, weight in (("left_out", 1.0), ("carried", 0.8)):
+        settings = WHOLE.model_copy(update=chosen | {"baseline_error": how})
+        changes, _ = area_changes(baseline, areas, settings)
+        row = totals(regional_changes(changes, inventory, areas, settings, 2019, 2015)).loc["all", "measured"]
+        rates, shares = (np.r_[np.full(3, -w), np.ones(3)] / 4 for w in (1.0, weight))
+        assert row["rate_std_km2_per_year"] == pytest.approx(np.sqrt(rates @ matrix @ rates))
+        assert row["rate_std_pct_per_year"] == pytest.approx(100 * np.sqrt(shares @ matrix @ shares) / 7)
+
+
+def test_a_rate_of_the_law_keeps_its_deviation_whatever_years_share() -> None:
+    inventory = inventory_of(np.r_[np.geomspace(0.2, 5, 12), 1.0])
+    area = inventory["inventory_area_km2"].to_numpy()
+    rows = []
+    for between in (0.0, 0.7):
+        settings = WHOLE.model_copy(update={"between_year_correlation": between})
+        baseline = areas_of(inventory.iloc[:12], 2015, area[:12], 0.01 * area[:12])
+        areas = areas_of(inventory.iloc[:12], 2019, 0.8 * area[:12], 0.01 * area[:12])
+        changes, _ = area_changes(baseline, areas, settings)
+        law = fit_rate_law(
+            area[:12], changes["rate_pct_per_year"].to_numpy(), changes["rate_std_pct_per_year"].to_numpy(), EDGES
+        )
+        with_law = inventory.assign(country=["CH"] * 12 + ["AT"])
+        got = totals(regional_changes(changes, with_law, areas, settings, 2019, 2015), "country")
+        rows.append((got.loc[("AT", "extrapolated"), "rate_std_pct_per_year"], law.predict(np.array([1.0]))[1][0]))
+    for found, expected in rows:
+        assert found == pytest.approx(expected)
+    assert rows[0][1] > rows[1][1]  # of glaciers whose own rates are better known
+
+
 def test_few_glaciers_give_their_weighted_mean_and_none_give_nothing() -> None:
     law = fit_rate_law(np.array([1.0, 3.0]), np.array([-2.0, -1.0]), np.array([0.1, 0.1]), EDGES)
     rate, std = law.predict(np.array([0.02, 8.0]))
@@ -141,6 +181,25 @@ def test_the_filter_and_the_method_without_it() -> None:
     assert region.loc["measured", "rate_pct_per_year"] > -3.2
 
 
+@pytest.mark.parametrize(
+    ("chosen", "kept"),
+    [(["snr", "recall"], 4), (["snr"], 5), (["snr", "recall", "cloud"], 3), (["snr", "growth", "filled"], 3), ([], 5)],
+)
+def test_without_the_snr_filter_all_others_that_were_chosen_stay(chosen: list[str], kept: int) -> None:
+    """Glaciers: one calm and good, and one each for recall, cloud, filled and growth."""
+    inventory = inventory_of(np.full(5, 1.0))
+    baseline = areas_of(inventory, 2015, np.full(5, 1.0), np.full(5, 0.01))
+    baseline["recall"] = [1.0, 0.5, 1.0, 1.0, 1.0]
+    areas = areas_of(inventory, 2019, np.array([0.999, 0.8, 0.8, 0.8, 1.2]), np.full(5, 0.01))
+    areas = areas.assign(usable_share=[1, 1, 0.1, 1, 1], filled_share=[0, 0, 0, 0.9, 0])
+    settings = WHOLE.model_copy(update={"filter": chosen})
+    changes, _ = area_changes(baseline, areas, settings)
+    assert changes["flags"].tolist() == ["snr", "recall", "cloud", "filled", "growth"]
+    region = totals(regional_changes(changes, inventory, areas, settings, 2019, 2015)).loc["all"]
+    row = region.loc["extrapolated_without_snr"]
+    assert (row["n_measured"], row["n_glaciers"]) == (kept, 5)
+
+
 def test_the_baseline_year_has_areas_and_no_rates() -> None:
     inventory = inventory_of(np.array([1.0, 2.0, 4.0]))
     areas = areas_of(inventory.iloc[:2], 2015, np.array([1.1, 1.9]), np.array([0.11, 0.19]))
@@ -150,6 +209,18 @@ def test_the_baseline_year_has_areas_and_no_rates() -> None:
     assert region.loc["measured", "area_km2"] == pytest.approx(3.0)
     assert region.loc["extrapolated", "area_km2"] == pytest.approx(7.0)
     assert region.loc["extrapolated", "std_km2"] == pytest.approx(0.3 + 0.4)  # 10% as the measured ones
+
+
+@pytest.mark.parametrize(("chosen", "kept"), [(["snr", "recall"], 2), (["snr"], 3), (["cloud", "filled"], 1)])
+def test_the_baseline_year_is_filtered_by_the_flags_that_were_chosen(chosen: list[str], kept: int) -> None:
+    inventory = inventory_of(np.array([1.0, 2.0, 4.0]))
+    areas = areas_of(inventory, 2015, np.array([1.1, 1.9, 4.2]), np.full(3, 0.1))
+    areas = areas.assign(recall=[1.0, 0.5, 1.0], usable_share=[0.1, np.nan, 1.0], filled_share=[0.0, np.nan, 0.9])
+    settings = WHOLE.model_copy(update={"filter": chosen})
+    empty, _ = area_changes(areas, areas, settings)
+    region = totals(regional_changes(empty, inventory, areas, settings, 2015, 2015)).loc["all"]
+    assert region.loc["filtered", "n_glaciers"] == region.loc["extrapolated", "n_measured"] == kept
+    assert region.loc["measured", "n_glaciers"] == 3
 
 
 def test_no_glacier_loses_more_than_it_has() -> None:

@@ -10,14 +10,16 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
+import pandas as pd
 import pytest
 import shapely
 
 from dl4gam_assets.publication import web_map, write_report
-from dl4gam_assets.publication.report import collect, number
+from dl4gam_assets.publication.report import collect, number, render
+from dl4gam_assets.publication.truth import markdown, truth_of_year, truth_tables
 from dl4gam_assets.settings import Region
 from dl4gam_assets.storage import Storage
-from dl4gam_assets_tests.publication.conftest import NOTE
+from dl4gam_assets_tests.publication.conftest import NOTE, fill
 
 
 class Page(HTMLParser):
@@ -198,8 +200,93 @@ def test_the_baseline_year_and_a_year_without_totals(store: Storage, region: Reg
     assert [p.name for p in tmp_path.iterdir()] == ["2015.html"]
 
 
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory: pytest.TempPathFactory, region: Region) -> Storage:
+    """The store with a truth: areas are 2 % too large, and the intervals of 4 % and more hold all but one of 2023."""
+    storage = fill(Storage(tmp_path_factory.mktemp("judged")), region)
+    frames = []
+    for year in (2015, 2019, 2023):
+        for fold in (1, 2):
+            part = storage.read_table("areas", year=year, fold=fold)
+            for rule in ("published", "conformal"):
+                narrow = 0.25 if rule == "conformal" else 1.0
+                part[f"lower_{rule}_km2"] = part["area_km2"] - narrow * part["std_km2"]
+                part[f"upper_{rule}_km2"] = part["area_km2"] + narrow * part["std_km2"]
+            storage.write_table("areas", part.drop(columns=["year", "fold"]), {"year": year, "fold": fold})
+            frames.append(part[["glacier_id", "year", "area_km2"]])
+    truth = pd.concat(frames, ignore_index=True)
+    truth["area_km2"] /= 1.02
+    off = (truth["glacier_id"] == "G11") & (truth["year"] == 2023)
+    truth.loc[off, "area_km2"] *= 0.8
+    folder = Path(str(storage.inputs())) / "truth"
+    folder.mkdir(parents=True)
+    truth.to_parquet(folder / "areas.parquet", index=False)
+    return storage
+
+
+def test_a_simulated_region_is_shown_against_its_truth(judged: Storage, region: Region, tmp_path: Path) -> None:
+    write_report(judged, region, 2023, tmp_path / "2023.html")
+    text = re.sub(r"\s+", " ", Page((tmp_path / "2023.html").read_text(encoding="utf-8")).text)
+    part = text[text.index("Against the known truth") : text.index("Map ", text.index("Against the known truth"))]
+    truth = pd.read_parquet(Path(str(judged.inputs())) / "truth" / "areas.parquet").set_index(["glacier_id", "year"])
+    areas = judged.read_table("areas", year=2023)
+    true = truth["area_km2"].reindex([(g, 2023) for g in areas["glacier_id"]]).to_numpy()
+    bias = areas["area_km2"].to_numpy().sum() - true.sum()
+    assert (
+        f"{len(areas)} glaciers, together {number(bias, 3, True)} km² ({number(100 * bias / true.sum(), 1, True)}%)"
+        in part
+    )
+    inside = 100 * (len(areas) - 1) / len(areas)
+    assert f"published {inside:.0f}%, conformal 0%" in part
+    # Measured glaciers have a truth in both years, the small ones have none: that is said, not guessed.
+    measured = judged.read_table("regional_changes", year=2023).query("grouping == 'region' and method == 'measured'")
+    row, ids = measured.iloc[0], areas["glacier_id"]
+    start = truth["area_km2"].reindex([(g, 2015) for g in ids]).sum()
+    rate = 100 * (true.sum() - start) / start / row["years"]
+    estimate = number(row["rate_pct_per_year"], 2, True)
+    assert f"{estimate} ± {number(row['rate_std_pct_per_year'])}{number(rate, 2, True)}" in part  # cells side by side
+    assert "Not compared: extrapolated 2023: 12 glaciers, but 9 with a truth" in part
+
+
+def test_the_baseline_year_has_a_truth_without_rates_and_others_have_none(
+    judged: Storage, store: Storage, region: Region
+) -> None:
+    known = truth_of_year(region, judged, 2015)
+    assert known is not None and known["rates"] == [] and known["areas"].bias_pct == pytest.approx(2.0)
+    real = region.model_copy(update={"simulation": None})
+    assert truth_of_year(real, judged, 2023) is None and truth_of_year(region, store, 2023) is None
+    assert "Against the known truth" not in render(collect(store, region, 2019))
+    tables = truth_tables(region, judged)
+    assert tables["areas"]["year"].tolist() == [2015, 2019, 2023] and truth_tables(real, judged) == {}
+    assert tables["areas"]["bias_pct"].round(6).tolist()[:2] == [2.0, 2.0] < tables["areas"]["bias_pct"].tolist()
+    assert set(tables["rates"]["method"]) == {"measured"}
+    lines = markdown(tables["rates"]).splitlines()
+    assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
+    assert "| 2019 | measured | 10 |" in lines[2] and lines[1].startswith("|---:|---|---:|")
+
+
 def test_a_year_knows_nothing_of_later_years(store: Storage, region: Region) -> None:
     assert [s["year"] for s in collect(store, region, 2019)["series"]] == [2015, 2019]
+
+
+def test_a_robust_trend_stands_beside_the_rate_of_two_years(store: Storage, region: Region) -> None:
+    from dl4gam_assets.change import area_trends
+
+    content = collect(store, region, 2023)
+    trends = area_trends(store.read_table("areas"), region.change).set_index("glacier_id")["theil_sen_pct_per_year"]
+    assert len(content["largest"]) == 9
+    for row in content["largest"]:
+        assert row["theil_sen_pct_per_year"] == pytest.approx(trends[row["glacier_id"]])
+    regional = store.read_table("regional_changes").query("grouping == 'region' and method == 'extrapolated'")
+    area = regional.set_index("year")["area_km2"].astype(float)
+    slopes = [(area[b] - area[a]) / (b - a) for a, b in ((2015, 2019), (2019, 2023), (2015, 2023))]
+    assert content["series_trend"]["km2"] == pytest.approx(np.median(slopes)) and content["series_trend"]["n"] == 3
+    text = re.sub(r"\s+", " ", Page(render(content)).text)
+    assert f"3 years since 2015: {number(np.median(slopes), 3, True)} km²" in text
+    # Two years make no trend, and a year knows nothing of later ones.
+    earlier = collect(store, region, 2019)
+    assert earlier["series_trend"] is None
+    assert all(np.isnan(row["theil_sen_pct_per_year"]) for row in earlier["largest"])
 
 
 def test_a_change_within_its_interval_is_not_called_one(region: Region) -> None:
