@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from dl4gam_assets.compute import choose_device
+from dl4gam_assets.compute import choose_device, place_of
 from dl4gam_assets.settings import fingerprint
 from dl4gam_assets.stages import previews
 from dl4gam_assets.stages.base import (
@@ -24,7 +24,7 @@ from dl4gam_assets.stages.base import (
     run_stage,
     year_fold_label,
 )
-from dl4gam_assets.stages.training import _threads, calibration_of, forest_path, logits_of
+from dl4gam_assets.stages.training import calibration_of, forest_path, logits_of
 from dl4gam_assets.tables import TABLES
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def prediction_of(
         if tags.get("fingerprint") == wanted:
             return dict(json.loads(tags["row"]))
     start = time.perf_counter()
+    device = choose_device(device)
     temperatures, hashes = calibration_of(site, fold)
     with storage.reading(storage.cube(year, glacier_id)) as local, open_cube(local) as cube:
         stream, valid = logits_of(site, cube, fold, device, threads)
@@ -124,7 +125,7 @@ def glacier_predictions(ws: Workspace, year: int, fold: int, *, force: bool = Fa
         tested = set(folds.loc[(folds["fold"] == fold) & (folds["role"] == "test"), "glacier_id"])
         cubes = storage.read_table("cubes", year=year)
         cubes = cubes[cubes["glacier_id"].isin(tested)]
-        device = choose_device(ws.device)
+        place = place_of(ws.mapper, ws.device)
         tasks = []
         for cube in cubes.itertuples():
             wanted = fingerprint(
@@ -136,9 +137,9 @@ def glacier_predictions(ws: Workspace, year: int, fold: int, *, force: bool = Fa
                     ws.region.model.channels,
                 ]
             )
-            arguments = (ws.site, year, fold, cube.glacier_id, wanted, device, _threads(ws, device))
+            arguments = (ws.site, year, fold, cube.glacier_id, wanted, place.device, place.threads)
             tasks.append((cube.glacier_id, arguments))
-        rows, failures = ws.over_glaciers("glacier_predictions", label, prediction_of, tasks)
+        rows, failures = ws.over_glaciers("glacier_predictions", label, prediction_of, tasks, place.mapper)
         frame = pd.DataFrame(list(rows.values()))
         if not len(frame):
             frame = TABLES["predictions"].empty().drop(columns=["year", "fold"])

@@ -16,7 +16,15 @@ import numpy as np
 import pandas as pd
 from upath import UPath
 
-from dl4gam_assets.compute import Done, Mapper, choose_device, count_accelerators, default_workers, own_device
+from dl4gam_assets.compute import (
+    Done,
+    Mapper,
+    choose_device,
+    count_accelerators,
+    default_workers,
+    own_device,
+    place_of,
+)
 from dl4gam_assets.settings import Region, TrainingSettings, fingerprint
 from dl4gam_assets.stages import previews, published
 from dl4gam_assets.stages.base import (
@@ -290,8 +298,8 @@ def ensemble_members(
     if not todo:
         return out
     packed, _ = pack(ws)
-    mapper, threads = _member_processes(ws, len(todo))
-    tasks = [(key, (site, f, m, str(packed), ws.device, threads, now)) for key, (f, m, now) in todo.items()]
+    mapper, device, threads = _member_processes(ws, len(todo))
+    tasks = [(key, (site, f, m, str(packed), device, threads, now)) for key, (f, m, now) in todo.items()]
 
     def progress(done: int, total: int, seconds: float) -> None:
         ws.logger.info(f"ensemble_member: {done} of {total} members, {seconds / max(done, 1):.0f} s each")
@@ -303,18 +311,24 @@ def ensemble_members(
     return out
 
 
-def _member_processes(ws: Workspace, members: int) -> tuple[Mapper, int]:
-    """The processes that train members, and the threads of each: on a CPU they share the cores, on GPUs there are
-    ``compute.members_at_once`` for each."""
-    compute, device = ws.region.compute, choose_device(ws.device)
-    if ws.mapper.scheduler is not None:
-        return ws.mapper, 0
-    if device == "cpu":
-        at_once = min(compute.members_at_once or ws.mapper.workers, members)
-        mapper = ws.mapper if not compute.members_at_once else Mapper(compute.members_at_once)
-        return mapper, max(default_workers() // max(at_once, 1), 1)
-    at_once = (compute.members_at_once or 1) * count_accelerators(device, compute.gpus)
-    return Mapper(at_once), max(default_workers() // at_once, 1)
+def _member_processes(ws: Workspace, members: int) -> tuple[Mapper, str, int]:
+    """The processes that train members, the device that each is told, and its threads (0: as it has): on a CPU they
+    share the cores, on GPUs there are ``compute.members_at_once`` for each.
+
+    Workers of a scheduler train where this machine has no accelerator and they see the packed layers: those of a store
+    in an object store lie in this machine's temporary folder.
+    """
+    compute, place = ws.region.compute, place_of(ws.mapper, ws.device)
+    if place.mapper.scheduler is not None and ws.storage.is_local:
+        return place.mapper, place.device, 0
+    if place.mapper.scheduler is not None:
+        place = place_of(Mapper(ws.mapper.workers), ws.device)
+    if place.device == "cpu":
+        at_once = min(compute.members_at_once or place.mapper.workers, members)
+        mapper = Mapper(compute.members_at_once) if compute.members_at_once else place.mapper
+        return mapper, place.device, max(default_workers() // max(at_once, 1), 1)
+    at_once = (compute.members_at_once or 1) * count_accelerators(place.device, compute.gpus)
+    return Mapper(at_once), place.device, max(default_workers() // at_once, 1)
 
 
 @contextlib.contextmanager
@@ -519,6 +533,7 @@ def validation_of(
     from dl4gam_assets.cubes import cube_mask, open_cube
 
     storage = site.storage
+    device = choose_device(device)
     with (
         storage.reading(storage.cube(site.region.years.baseline, glacier_id)) as local,
         open_cube(local) as cube,
@@ -573,12 +588,13 @@ def calibration(ws: Workspace, fold: int, *, force: bool = False) -> StageResult
         from dl4gam_assets.segmentation import fill_gaps
 
         ids = members_of(ws, fold, "valid")
-        device, seed = choose_device(ws.device), ws.region.training.seed + fold
+        place, seed = place_of(ws.mapper, ws.device), ws.region.training.seed + fold
         values, _ = ws.over_glaciers(
             "calibration",
             label,
             validation_of,
-            [(g, (ws.site, fold, g, device, _threads(ws, device), settings.pixel_share, seed)) for g in ids],
+            [(g, (ws.site, fold, g, place.device, place.threads, settings.pixel_share, seed)) for g in ids],
+            place.mapper,
         )
         if not values:
             raise UpstreamError(
@@ -660,10 +676,6 @@ def calibration(ws: Workspace, fold: int, *, force: bool = False) -> StageResult
         return fingerprint([frame_fingerprint(frame), frame_fingerprint(table)]), metadata, {"reliability": picture}
 
     return run_stage(ws, "calibration", label, inputs, work, force=force)
-
-
-def _threads(ws: Workspace, device: str) -> int | None:
-    return max(default_workers() // ws.mapper.workers, 1) if device == "cpu" else None
 
 
 # --------------------------------------------------------------------------------------------- baseline
