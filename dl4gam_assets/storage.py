@@ -86,6 +86,8 @@ class Storage:
 
     def __init__(self, root: str | os.PathLike[str] | UPath):
         self.root = UPath(root)
+        if not self.is_local:
+            _forget_blank_variables()
 
     def __repr__(self) -> str:
         return f"Storage({str(self.root)!r})"
@@ -300,6 +302,13 @@ class Storage:
 
     def write_state(self, asset: str, partition: str, state: Mapping[str, Any]) -> None:
         self.write_json(self.state_path(asset, partition), dict(state))
+
+
+def _forget_blank_variables() -> None:
+    """Take AWS_DEFAULT_REGION and others away where they are set to nothing, as a file of variables leaves them: the
+    client of object stores would take the empty text as the name of a region."""
+    for name in [n for n, value in os.environ.items() if n.startswith("AWS_") and not value.strip()]:
+        del os.environ[name]
 
 
 def _assert_whole(file: Path, final: Path) -> None:

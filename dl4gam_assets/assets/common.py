@@ -16,7 +16,7 @@ from dl4gam_assets.compute import TransientError
 from dl4gam_assets.settings import Region
 from dl4gam_assets.stages.base import StageResult, Workspace
 
-#: Each asset's people; regions override it in their deployment through Definitions' metadata.
+#: Each asset's people.
 OWNERS = ["team:glacier-mapping"]
 
 
@@ -26,16 +26,33 @@ def backfill_policy(region: Region) -> dg.BackfillPolicy:
 
 
 def gpu_tags() -> dict[str, Any]:
-    """Tags of the steps of the pool ``gpu`` for Kubernetes: as many GPUs as DL4GAM_K8S_GPUS says (none by default).
+    """Tags of the steps of the pool ``gpu`` for Kubernetes: as many GPUs as DL4GAM_K8S_GPUS says (none by default), on
+    nodes with the labels in DL4GAM_K8S_GPU_NODES (``name=value``, separated by commas).
 
-    They matter only where each step runs in a pod of its own (DL4GAM_EXECUTOR=k8s).
+    Clouds keep other pods off their GPU nodes by a taint; these tolerate it. The tags matter only where each step runs
+    in a pod of its own (DL4GAM_EXECUTOR=k8s).
+
+    Raises
+    ------
+    ValueError
+        if one of the two variables can not be read.
     """
     gpus = os.environ.get("DL4GAM_K8S_GPUS", "0")
     if not gpus.isdigit():
         raise ValueError(f"DL4GAM_K8S_GPUS is {gpus!r}: it has to be the number of GPUs of a training step, or unset")
     if gpus == "0":
         return {}
-    return {"dagster-k8s/config": {"container_config": {"resources": {"limits": {"nvidia.com/gpu": gpus}}}}}
+    pod: dict[str, Any] = {"tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]}
+    if nodes := os.environ.get("DL4GAM_K8S_GPU_NODES", "").strip():
+        labels = [tuple(word.strip() for word in part.partition("=")[::2]) for part in nodes.split(",")]
+        if not all(name and value for name, value in labels):
+            raise ValueError(f"DL4GAM_K8S_GPU_NODES is {nodes!r}: it has to be like 'gpu=h100,zone=a', or unset")
+        pod["node_selector"] = dict(labels)
+    return {
+        "dagster-k8s/config": {
+            "container_config": {"resources": {"limits": {"nvidia.com/gpu": gpus}}}, "pod_spec_config": pod,
+        }
+    }  # fmt: skip
 
 
 def each_partition(

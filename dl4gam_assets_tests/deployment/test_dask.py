@@ -192,9 +192,9 @@ def test_workers_choose_their_device_and_name_the_one_that_they_lack(
     mine = small.copy(tmp_path / "copy")
     ws = Workspace(mine.region, mine.storage, Mapper(1, scheduler=cluster.address), device="cuda")
     assert place_of(ws.mapper, "cuda").mapper.scheduler == cluster.address, "a worker may have what this machine lacks"
-    with pytest.raises(UpstreamError, match="compute.device is 'cuda', but this machine has none"):
+    with pytest.raises(UpstreamError, match=r"compute\.device is 'cuda', but this machine has none"):
         predictions.glacier_predictions(ws, 2016, 1, force=True)
-    with pytest.raises(RuntimeError, match="compute.device is 'cuda'"):
+    with pytest.raises(RuntimeError, match=r"compute\.device is 'cuda'"):
         place_of(Mapper(1), "cuda")
     ws.device = "auto"
     before = _jobs_done(cluster)
