@@ -19,6 +19,7 @@ from dagster._core.definitions.asset_checks.asset_check_evaluation import (
     AssetCheckEvaluationTargetMaterializationData as _Target,
 )
 
+from dl4gam_assets.gate import goes_on
 from dl4gam_assets.partitions import fold_of, member_of, year_of
 from dl4gam_assets.resources import WorkspaceResource
 from dl4gam_assets.settings import Region
@@ -728,6 +729,11 @@ CHECKS: tuple[Check, ...] = (
 )  # fmt: skip
 
 
+def what_to_do(asset: str, name: str) -> str:
+    """What a person should do when a check fails."""
+    return next(check.what_to_do for check in CHECKS if (check.asset, check.name) == (asset, name))
+
+
 def build_checks(region: Region, assets: Sequence[dg.AssetsDefinition]) -> Sequence[dg.AssetChecksDefinition]:
     """All checks of a region's graph, each partitioned like its asset; the checks of an asset are one step of a run."""
     definitions = {spec.key.to_user_string(): spec.partitions_def for asset in assets for spec in asset.specs}
@@ -770,17 +776,23 @@ def _definition(
             keys = [op.partition_key]
         for name in sorted(key.name for key in context.selected_asset_check_keys):
             check = by_name[name]
-            if len(keys) > 1:
+            if keys and not op.has_partition_key:  # a range, of one partition too
                 yield _range(op, check, {key: check(storage, region, Part.of(key, dimensions)) for key in keys})
             else:
                 result = check(storage, region, Part.of(keys[0] if keys else None, dimensions))
+                if goes_on(op.run.tags):
+                    result = result._replace(severity=dg.AssetCheckSeverity.WARN)
                 yield result._replace(check_name=name)
 
     return evaluate
 
 
 def _range(op: dg.OpExecutionContext, check: Check, results: Mapping[str, dg.AssetCheckResult]) -> dg.AssetCheckResult:
-    """A run over a range of partitions: log an evaluation of each, and return a summary for the run."""
+    """A run over a range of partitions: log an evaluation of each, and return a summary for the run.
+
+    The summary of a blocking check stops the run only where nothing could come after it: otherwise the partitions that
+    passed go on, and each step leaves out those that did not (``gate``). The run still ends as failed.
+    """
     for key, result in results.items():
         evaluation = dg.AssetCheckEvaluation(
             asset_key=dg.AssetKey(check.asset), check_name=check.name, passed=result.passed, metadata=result.metadata,
@@ -789,16 +801,25 @@ def _range(op: dg.OpExecutionContext, check: Check, results: Mapping[str, dg.Ass
         )  # fmt: skip
         op.log_event(evaluation)  # type: ignore[arg-type]  # it takes them
     failed = [key for key, result in results.items() if not result.passed]
+    stops = (
+        check.blocking and not goes_on(op.run.tags) and (len(failed) == len(results) or not _goes_further(op, check))
+    )
     return dg.AssetCheckResult(
         passed=not failed,
         check_name=check.name,
-        severity=dg.AssetCheckSeverity.ERROR if check.blocking else dg.AssetCheckSeverity.WARN,
+        severity=dg.AssetCheckSeverity.ERROR if stops else dg.AssetCheckSeverity.WARN,
         metadata={
             "partitions": len(results),
             "failed_partitions": ", ".join(failed) or "none",
             "what_to_do": check.what_to_do if failed else "nothing",
         },
     )
+
+
+def _goes_further(op: dg.OpExecutionContext, check: Check) -> bool:
+    """Whether this run makes something from the asset that is checked."""
+    graph = op.job_def.asset_layer.asset_graph
+    return bool(graph.get(dg.AssetKey(check.asset)).child_keys & graph.executable_asset_keys)
 
 
 def _newest(instance: dg.DagsterInstance, asset: str, partition: str | None) -> _Target | None:

@@ -192,12 +192,18 @@ def materialize(
     ] = None,
     fold: Annotated[list[int] | None, typer.Option(help="Fold (1..n); repeat for several. All by default.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Only these assets; repeat for several.")] = None,
+    despite_checks: Annotated[
+        bool, typer.Option("--despite-checks", help="Make also what failed blocking checks hold back.")
+    ] = False,
 ) -> None:
-    """Bring a region's results up to date. What has not changed is left alone; what was interrupted goes on."""
+    """Bring a region's results up to date. What has not changed is left alone; what was interrupted goes on.
+
+    What would be made from a partition that a blocking check failed is left out, and told each time, until it passes.
+    """
     settings, storage = _open(region, home)
     _check_choice("year", year, settings.years.all())
     _check_choice("fold", fold, range(1, settings.folds.n + 1))
-    outcome = _run(region, settings, storage, home, year, fold, only)
+    outcome = _run(region, settings, storage, home, year, fold, only, despite_checks)
     _print_timings(outcome)
     if outcome.failed:
         raise _failed(outcome)
@@ -217,6 +223,7 @@ def _run(
     years: Any = None,
     folds: Any = None,
     only: Any = None,
+    despite_checks: bool = False,
 ) -> Any:
     os.environ["DL4GAM_REGION"] = name
     if home:
@@ -230,7 +237,7 @@ def _run(
     try:
         return run(
             build_defs(settings), settings, storage, years=years, folds=folds, only=only,
-            say=lambda text: console.print(text, highlight=False),
+            despite_checks=despite_checks, say=lambda text: console.print(text, highlight=False),
         )  # fmt: skip
     except (OSError, SQLAlchemyError) as error:
         raise _stop(
@@ -252,7 +259,7 @@ def _failed(outcome: Any) -> typer.Exit:
     waiting = len(outcome.failed) - len(causes)
     lines = "\n".join(f"  {_escape(text)}" for text in causes or outcome.failed)
     after = f"\n  {waiting} further steps wait for these" if causes and waiting else ""
-    return _stop(f"{len(causes)} steps failed; everything else was made and is kept:\n{lines}{after}")
+    return _stop(f"{len(causes)} steps or checks failed; everything else was made and is kept:\n{lines}{after}")
 
 
 def _print_timings(outcome: Any) -> None:
