@@ -215,7 +215,7 @@ def build_jobs(partitions: Partitions) -> list[Any]:
 
 
 def build_schedules(partitions: Partitions) -> list[dg.ScheduleDefinition]:
-    """The November schedule, which adds the year whose season just ended; each month a look at the results, and upkeep."""
+    """The November schedule, which adds the year whose season just ended; each month a look at results, and upkeep."""
     running = dg.DefaultScheduleStatus.RUNNING if automation_on() else dg.DefaultScheduleStatus.STOPPED
 
     @dg.schedule(
@@ -270,9 +270,9 @@ def not_ready(ws: Workspace) -> str | None:
     folds = [fold_label(number) for number in range(1, ws.region.folds.n + 1)]
     if missing := [fold for fold in folds if ws.upstream_or_none("calibration", fold) is None]:
         return (
-            f"{', '.join(missing)} of the region {ws.region.name!r} are not trained and calibrated yet, so a year could "
-            f"not be mapped: run add_a_year for the baseline {ws.region.years.baseline} and retrain_ensembles, or "
-            "`dl4gam materialize`, first"
+            f"{', '.join(missing)} of the region {ws.region.name!r} are not trained and calibrated yet, so a year "
+            f"could not be mapped: run add_a_year for the baseline {ws.region.years.baseline} and retrain_ensembles, "
+            "or `dl4gam materialize`, first"
         )
     return None
 

@@ -94,8 +94,8 @@ class Gate:
             partition, dg.AssetKey(upstream), dg.AssetKey(asset)
         ).partitions_subset.get_partition_keys()
         if isinstance(parent.partitions_def, dg.MultiPartitionsDefinition):
-            return sorted(parent.partitions_def.get_partition_key_from_str(str(key)) for key in keys)
-        return sorted(keys)
+            return [parent.partitions_def.get_partition_key_from_str(str(key)) for key in sorted(keys)]
+        return list(sorted(keys))
 
 
 def _plain(metadata: Any) -> Mapping[str, Sequence[str]]:

@@ -7,7 +7,7 @@ Does not belong here: assets.
 import base64
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 from urllib.parse import quote
 
 import dagster as dg
@@ -19,6 +19,7 @@ from dl4gam_assets.compute import TransientError
 from dl4gam_assets.gate import Gate, goes_on
 from dl4gam_assets.settings import Region
 from dl4gam_assets.stages.base import StageResult, Workspace
+from dl4gam_assets.upkeep import tell_host
 
 #: Each asset's people.
 OWNERS = ["team:glacier-mapping"]
@@ -48,10 +49,11 @@ def gpu_tags() -> dict[str, Any]:
         return {}
     pod: dict[str, Any] = {"tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]}
     if nodes := os.environ.get("DL4GAM_K8S_GPU_NODES", "").strip():
-        labels = [tuple(word.strip() for word in part.partition("=")[::2]) for part in nodes.split(",")]
-        if not all(name and value for name, value in labels):
+        words = [part.partition("=") for part in nodes.split(",")]
+        labels = {name.strip(): value.strip() for name, _, value in words}
+        if not all(name and value for name, value in labels.items()):
             raise ValueError(f"DL4GAM_K8S_GPU_NODES is {nodes!r}: it has to be like 'gpu=h100,zone=a', or unset")
-        pod["node_selector"] = dict(labels)
+        pod["node_selector"] = labels
     return {
         "dagster-k8s/config": {
             "container_config": {"resources": {"limits": {"nvidia.com/gpu": gpus}}}, "pod_spec_config": pod,
@@ -68,6 +70,7 @@ def each_partition(
     did not answer, the step is tried again after a while (``compute.retries``); what was made is found to be current.
     A partition that a failed check holds back is left out (:func:`held_back`).
     """
+    tell_host(context.instance, context.run)
     if not _is_partitioned(context):
         if reasons := held_back(context).get(None):
             raise dg.Failure(description=f"held back: {'; '.join(reasons)}")
@@ -139,6 +142,7 @@ def all_partitions(
     stage: Callable[[Workspace, Sequence[str]], Mapping[str, StageResult | Exception]],
 ) -> None:
     """Like :func:`each_partition` for a stage that works on several partitions at once."""
+    tell_host(context.instance, context.run)
     held = held_back(context)
     attach(context, ws, stage(ws, [key for key in context.partition_keys if key not in held]), held)
 
@@ -164,7 +168,8 @@ def attach(
     errors = {key: result for key, result in results.items() if isinstance(result, Exception)}
     one_by_one = bool(errors or held or len(context.partition_keys) > 1)
     if one_by_one:
-        context.run.tags[EXTERNALLY_MANAGED_ASSETS_TAG] = "true"  # in memory, of this step: Dagster logs none itself
+        # In memory, of this step: Dagster logs none itself.
+        cast(dict[str, str], context.run.tags)[EXTERNALLY_MANAGED_ASSETS_TAG] = "true"
     for key in context.partition_keys:
         result = results.get(key)
         if result is None or isinstance(result, Exception):
