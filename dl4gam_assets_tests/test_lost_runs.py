@@ -62,7 +62,7 @@ def test_a_killed_run_of_the_command_line_is_found_and_a_living_one_is_not(
     started = tmp_path / "started"
     process = subprocess.Popen([sys.executable, "-c", WORK, str(started), str(tmp_path)], stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while not started.exists() and time.monotonic() < deadline:
             time.sleep(0.1)
         assert lost_runs(instance) == []
@@ -102,11 +102,13 @@ def test_a_pool_held_by_another_run_is_waited_for_and_told(
     storage.set_concurrency_slots("gpu", 1)
     assert storage.claim_concurrency_slot("gpu", other, "step").is_claimed
     said: list[str] = []
-    threading.Timer(0.5, storage.free_concurrency_slots_for_run, [other]).start()
+    definitions = build_defs("demo")
+    definitions.resolve_asset_graph()  # it takes a while, which the wait is not to be about
+    threading.Timer(1.0, storage.free_concurrency_slots_for_run, [other]).start()
     begin = time.monotonic()
-    orchestrate._wait_for_pools(instance, build_defs("demo"), ["glacier_predictions"], said.append)
+    orchestrate._wait_for_pools(instance, definitions, ["glacier_predictions"], said.append)
     assert time.monotonic() - begin > 0.3 and said == [f"  waiting for pool 'gpu', held by run {other[:8]}"]
-    orchestrate._wait_for_pools(instance, build_defs("demo"), ["glacier_areas"], said.append)
+    orchestrate._wait_for_pools(instance, definitions, ["glacier_areas"], said.append)
     assert len(said) == 1
 
 
