@@ -1,6 +1,7 @@
 """What a failed blocking check holds back: what is made from its partition, in this run and in later ones."""
 
 import json
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,18 @@ import pytest
 
 from dl4gam_assets import orchestrate
 from dl4gam_assets.assets.common import each_partition
-from dl4gam_assets.checks import CHECKS, Check, Part, _definition
+from dl4gam_assets.checks import CHECKS, Check, Part, _definition, _newest, what_to_do
 from dl4gam_assets.definitions import build_defs
 from dl4gam_assets.gate import DESPITE_TAG, WAITS_FOR, Gate
 from dl4gam_assets.resources import ComputeResource, DeviceResource, RegionResource, WorkspaceResource
 from dl4gam_assets.settings import Region
 from dl4gam_assets.stages.base import StageResult, Workspace, run_stage
 from dl4gam_assets.storage import Storage
+from dl4gam_assets_tests.small_region import Small
 
 YEARS = dg.TimeWindowPartitionsDefinition(cron_schedule="0 0 1 1 *", start="2015", end="2019", fmt="%Y")
 KEYS = ["2015", "2016", "2017", "2018"]
+TO_DO = what_to_do("glacier_cubes", "selected_image")
 CHAIN = ("first", "second", "third")
 
 
@@ -172,3 +175,35 @@ def test_nothing_is_published_while_an_estimate_of_it_is_wrong() -> None:
     graph: Any = build_defs("demo").resolve_asset_graph()
     for asset in ("area_trends", "results_database"):
         assert "area_inside_interval" in graph.get(dg.AssetKey(asset)).metadata[WAITS_FOR]["glacier_areas"]
+
+
+def test_the_command_line_tells_what_is_held_back_at_each_call(small: Small, tmp_path: Path) -> None:
+    mine, only = small.copy(tmp_path / "copy"), ("glacier_predictions",)
+    with orchestrate.instance(mine.storage) as opened:
+        evaluation = dg.AssetCheckEvaluation(
+            asset_key=dg.AssetKey("glacier_cubes"), check_name="selected_image", passed=False, blocking=True,
+            partition="2017", target_materialization_data=_newest(opened, "glacier_cubes", "2017"),
+        )  # fmt: skip
+        event = dg.DagsterEvent(
+            event_type_value=dg.DagsterEventType.ASSET_CHECK_EVALUATION.value, job_name="checks",
+            event_specific_data=evaluation,
+        )  # fmt: skip
+        opened.report_dagster_event(event, run_id=str(uuid.uuid4()))
+    states = {
+        (year, fold): Path(str(mine.storage.state_path("glacier_predictions", f"{year}.fold_{fold}")))
+        for year in (2016, 2017)
+        for fold in (1, 2)
+    }
+    for path in states.values():
+        path.unlink()
+    wanted = (
+        "held back, because check selected_image of glacier_cubes [2017] failed: "
+        "glacier_predictions [fold_1|2017], glacier_predictions [fold_2|2017]"
+    )
+    for _ in range(2):
+        outcome = mine.run(only=only)
+        assert outcome.failed == [wanted], "at each call, though the second has nothing to do"
+        assert {key for key, path in states.items() if path.exists()} == {(2016, 1), (2016, 2)}
+    told = mine.run(only=("glacier_cubes",))
+    assert told.failed == [f"check selected_image of glacier_cubes [2017] failed: {TO_DO}"]
+    assert mine.run(only=only, despite_checks=True).failed == [] and all(path.exists() for path in states.values())
