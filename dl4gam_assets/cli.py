@@ -200,12 +200,18 @@ def materialize(
             "--year; the baseline year is not taken along.",
         ),
     ] = False,
+    despite_checks: Annotated[
+        bool, typer.Option("--despite-checks", help="Make also what failed blocking checks hold back.")
+    ] = False,
 ) -> None:
-    """Bring a region's results up to date. What has not changed is left alone; what was interrupted goes on."""
+    """Bring a region's results up to date. What has not changed is left alone; what was interrupted goes on.
+
+    What would be made from a partition that a blocking check failed is left out, and told each time, until it passes.
+    """
     settings, storage = _open(region, home)
     _check_choice("year", year, settings.years.all())
     _check_choice("fold", fold, range(1, settings.folds.n + 1))
-    outcome = _run(region, settings, storage, home, year, fold, only, force)
+    outcome = _run(region, settings, storage, home, year, fold, only, force, despite_checks)
     _print_timings(outcome)
     if outcome.failed:
         raise _failed(outcome)
@@ -226,6 +232,7 @@ def _run(
     folds: Any = None,
     only: Any = None,
     force: bool = False,
+    despite_checks: bool = False,
 ) -> Any:
     os.environ["DL4GAM_REGION"] = name
     if home:
@@ -239,7 +246,7 @@ def _run(
     try:
         return run(
             build_defs(settings), settings, storage, years=years, folds=folds, only=only, force=force,
-            say=lambda text: console.print(text, highlight=False),
+            despite_checks=despite_checks, say=lambda text: console.print(text, highlight=False),
         )  # fmt: skip
     except (OSError, SQLAlchemyError) as error:
         raise _stop(
@@ -261,7 +268,7 @@ def _failed(outcome: Any) -> typer.Exit:
     waiting = len(outcome.failed) - len(causes)
     lines = "\n".join(f"  {_escape(text)}" for text in causes or outcome.failed)
     after = f"\n  {waiting} further steps wait for these" if causes and waiting else ""
-    return _stop(f"{len(causes)} steps failed; everything else was made and is kept:\n{lines}{after}")
+    return _stop(f"{len(causes)} steps or checks failed; everything else was made and is kept:\n{lines}{after}")
 
 
 def _print_timings(outcome: Any) -> None:

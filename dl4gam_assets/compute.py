@@ -262,6 +262,39 @@ def choose_device(wish: str = "auto") -> str:
     return wish
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where networks run: the processes, the device that each of them is told, and its threads (None: as it has)."""
+
+    mapper: Mapper
+    device: str
+    threads: int | None
+
+
+def place_of(mapper: Mapper, wish: str) -> Place:
+    """Where networks run for a step that would spread its work by ``mapper``.
+
+    An accelerator of this machine is used by processes of this machine: a step that was given a GPU would otherwise
+    hold it idle, and send the name of a device to workers elsewhere that do not have it. Without one the workers of a
+    scheduler get the wish, and each chooses its device by :func:`choose_device`.
+
+    Raises
+    ------
+    RuntimeError
+        if the wished accelerator is not there, and no scheduler has workers that might have it.
+    """
+    if mapper.scheduler is not None:
+        try:
+            own = choose_device(wish)
+        except RuntimeError:
+            own = "cpu"
+        if own == "cpu":
+            return Place(mapper, wish, None)
+        return Place(Mapper(mapper.workers, threads=mapper.threads), own, None)
+    own = choose_device(wish)
+    return Place(mapper, own, max(default_workers() // mapper.workers, 1) if own == "cpu" else None)
+
+
 def count_accelerators(device: str, wanted: int = 0) -> int:
     """How many devices of a kind work is spread over: GPUs (all, or at most ``wanted``), otherwise one."""
     if device != "cuda":

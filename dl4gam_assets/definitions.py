@@ -29,7 +29,8 @@ from dl4gam_assets.assets import (  # noqa: E402
     training,
 )
 from dl4gam_assets.automation import build_jobs, build_schedules, build_sensors, with_conditions  # noqa: E402
-from dl4gam_assets.checks import build_checks  # noqa: E402
+from dl4gam_assets.checks import CHECKS, build_checks  # noqa: E402
+from dl4gam_assets.gate import WAITS_FOR, waits_for  # noqa: E402
 from dl4gam_assets.partitions import Partitions  # noqa: E402
 from dl4gam_assets.resources import default_webhook, default_workspace, region_name  # noqa: E402
 from dl4gam_assets.settings import Region, load_region  # noqa: E402
@@ -40,7 +41,16 @@ _GROUPS = (inventory, imagery, terrain, cubes, training, predictions, areas, cha
 def build_assets(region: Region) -> list[dg.AssetsDefinition]:
     """All assets of a region, in the order of the science."""
     partitions = Partitions(region)
-    return with_conditions([_tagged(asset) for group in _GROUPS for asset in group.build(partitions)])
+    return with_conditions([_tagged(_waiting(asset)) for group in _GROUPS for asset in group.build(partitions)])
+
+
+def _waiting(asset: dg.AssetsDefinition) -> dg.AssetsDefinition:
+    """With the blocking checks of what it is made from, which it waits for (``gate``)."""
+    blocking: dict[str, list[str]] = {}
+    for check in CHECKS:
+        if check.blocking:
+            blocking.setdefault(check.asset, []).append(check.name)
+    return asset.map_asset_specs(lambda spec: spec.merge_attributes(metadata={WAITS_FOR: waits_for(spec, blocking)}))
 
 
 def _tagged(asset: dg.AssetsDefinition) -> dg.AssetsDefinition:

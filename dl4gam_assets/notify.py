@@ -45,6 +45,17 @@ class Failure:
         return "\n".join(lines)[:limit]
 
 
+def checks_text(lines: Sequence[str], limit: int = 3000) -> str:
+    """A message about failed checks, one a line, cut to ``limit`` characters."""
+    shown = [
+        f"dl4gam: {len(lines)} check{'' if len(lines) == 1 else 's'} failed",
+        *(f"- {line}" for line in lines[:10]),
+    ]
+    if len(lines) > 10:
+        shown.append(f"- and {len(lines) - 10} more")
+    return "\n".join(shown)[:limit]
+
+
 def send(url: str, host: str, text: str, *, timeout_s: float = 10.0, attempts: int = 3) -> None:
     """Post ``{"text": text}`` to ``url``, which must lie at ``host`` and be https (http on loopback only).
 

@@ -19,6 +19,8 @@ from pathlib import Path
 import dagster as dg
 from dagster._core.storage.tags import ASSET_PARTITION_RANGE_END_TAG, ASSET_PARTITION_RANGE_START_TAG
 
+from dl4gam_assets.checks import what_to_do
+from dl4gam_assets.gate import DESPITE_TAG, Gate
 from dl4gam_assets.partitions import Partitions, fold_of, member_of, year_of
 from dl4gam_assets.resources import FORCE_TAG
 from dl4gam_assets.settings import Region
@@ -72,6 +74,8 @@ class Timing:
 
 @dataclass
 class Outcome:
+    """What a call did: seconds by family, and what failed: steps, and blocking checks with what they hold back."""
+
     timings: list[Timing] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
 
@@ -128,21 +132,25 @@ def materialize(
     folds: Sequence[int] | None = None,
     only: Sequence[str] | None = None,
     force: bool = False,
+    despite_checks: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> Outcome:
     """Bring the graph up to date for the given years and folds (all by default).
 
     Each family of partitions is one range run per contiguous range; stages skip partitions whose inputs are unchanged.
     The baseline year is always taken along, because every change needs it. Assets after a failed partition go on with
-    what is there; the failures are returned. ``force`` makes what was asked for, and no other year, even where nothing
-    changed: catalogs are searched and scenes read anew.
+    what is there; the failures are returned. What would be made from a partition that a blocking check failed is left
+    out, in this call and in each later one until the check passes, and is returned among the failures each time;
+    ``despite_checks`` makes it all the same, and returns the failed checks alone. ``force`` makes what was asked for,
+    and no other year, even where nothing changed: catalogs are searched and scenes read anew.
     """
     partitions = Partitions(region)
     wanted_years = sorted(years if years is not None else region.years.all())
     if not force:
         wanted_years = sorted({*wanted_years, region.years.baseline})
     wanted_folds = list(folds) if folds is not None else list(range(1, region.folds.n + 1))
-    known = {key.to_user_string() for key in definitions.resolve_asset_graph().get_all_asset_keys()}
+    graph = definitions.resolve_asset_graph()
+    known = {key.to_user_string() for key in graph.get_all_asset_keys()}
     outcome = Outcome()
     workspace = Workspace(region, storage)
     logging.getLogger("dagster").setLevel(logging.ERROR)
@@ -157,10 +165,18 @@ def materialize(
                 continue
             say(f"{', '.join(names)}")
             ranges = _ranges(partitions, family, wanted_years, wanted_folds)
-            if not force and all(
-                _range_is_current(partitions, family, key_range, names, workspace) for key_range in ranges
-            ):
-                say("  up to date")
+            keys = [key for key_range in ranges for key in _keys(partitions, family, key_range)]
+            gate = Gate(opened, graph, names)
+
+            def needs_nothing(asset: str, key: str | None, gate: Gate = gate, family: str = family) -> bool:
+                if not force and is_current(workspace, asset, _numbers(family, key)):
+                    return True
+                return not despite_checks and bool(gate.reasons(asset, key))
+
+            if all(needs_nothing(asset, key) for key in keys for asset in names):
+                told = _told(gate, names, keys, despite_checks)
+                outcome.failed += told
+                say("  held back by failed checks" if told else "  up to date")
                 continue
             _wait_for_pools(opened, definitions, names, say)
             start = time.perf_counter()
@@ -173,15 +189,16 @@ def materialize(
                 tags = {} if key_range is None else {
                     ASSET_PARTITION_RANGE_START_TAG: key_range[0], ASSET_PARTITION_RANGE_END_TAG: key_range[1],
                 }  # fmt: skip
-                tags |= own_process() | ({FORCE_TAG: "true"} if force else {})
+                tags |= own_process()
+                tags |= {FORCE_TAG: "true"} if force else {}
+                tags |= {DESPITE_TAG: "true"} if despite_checks else {}
                 result = job.execute_in_process(instance=opened, tags=tags, raise_on_error=False, run_config=_QUIET)
-                count += 1 if key_range is None else len(_definition(partitions, family).get_partition_keys_in_range(
-                    dg.PartitionKeyRange(*key_range)
-                ))  # fmt: skip
+                count += len(_keys(partitions, family, key_range))
                 if not result.success:
                     outcome.failed += _failures(result)
                     if any("DagsterExecutionInterruptedError" in text for text in outcome.failed):
                         raise KeyboardInterrupt
+            outcome.failed += _told(Gate(opened, graph, names), names, keys, despite_checks)
             seconds = time.perf_counter() - start
             outcome.timings.append(
                 Timing(family, names, count * len(names), seconds, _stage_seconds(storage, names, before))
@@ -209,44 +226,57 @@ def _wait_for_pools(
         give_up_lost_runs(opened)
 
 
-def _range_is_current(
-    partitions: Partitions, family: str, key_range: tuple[str, str] | None, assets: Sequence[str], ws: Workspace
-) -> bool:
-    """Whether nothing in a range has to be made: then it needs no run."""
+def _keys(partitions: Partitions, family: str, key_range: tuple[str, str] | None) -> Sequence[str | None]:
+    """Partition keys of a range; [None] of an unpartitioned family."""
     if key_range is None:
-        keys: Sequence[str] = [""]
-    else:
-        keys = _definition(partitions, family).get_partition_keys_in_range(dg.PartitionKeyRange(*key_range))
+        return [None]
+    return list(_definition(partitions, family).get_partition_keys_in_range(dg.PartitionKeyRange(*key_range)))
+
+
+def _numbers(family: str, key: str | None) -> tuple[int, ...]:
+    """The numbers of a partition, as the stages take them."""
+    if key is None:
+        return ()
     readers: dict[str, Callable[[str], tuple[int, ...]]] = {
-        "none": lambda key: (),
         "year": lambda key: (year_of(key),),
         "fold": lambda key: (fold_of(key),),
         "year_fold": lambda key: (year_of(key), fold_of(key)),
         "fold_member": lambda key: (fold_of(key), member_of(key)),
     }
-    return all(is_current(ws, asset, readers[family](key)) for key in keys for asset in assets)
+    return readers[family](key)
+
+
+def _told(gate: Gate, assets: Sequence[str], keys: Sequence[str | None], despite: bool) -> list[str]:
+    """The blocking checks that these partitions failed, each with what to do, and what earlier ones hold back."""
+    lines, held = [], dict[str, list[str]]()
+    for asset in assets:
+        for key, names in gate.failed(asset).items():
+            if key in keys:
+                place = asset if key is None else f"{asset} [{key}]"
+                lines += [f"check {name} of {place} failed: {what_to_do(asset, name)}" for name in names]
+        for key in keys if not despite else ():
+            for reason in gate.reasons(asset, key):
+                held.setdefault(reason, []).append(asset if key is None else f"{asset} [{key}]")
+    return lines + [f"held back, because {reason}: {', '.join(places)}" for reason, places in held.items()]
 
 
 def _failures(result: dg.ExecuteInProcessResult) -> list[str]:
+    """What the steps of a run failed of. What checks found and hold back is told from their state (:func:`_told`)."""
     found = []
+    by_checks = False
     for event in result.all_events:
         if event.is_step_failure:
             data = event.step_failure_data
             message = data.user_failure_data.description if data.user_failure_data else None
             cause = data.error
+            if (cause and cause.cls_name == "DagsterAssetCheckFailedError") or "held back:" in (message or ""):
+                by_checks = True
+                continue
             while message is None and cause is not None and cause.cause is not None:
                 cause = cause.cause
             text = message or (cause.message if cause else "failed")
             found.append(f"{event.step_key}: {text.strip()}")
-        elif event.event_type_value == "ASSET_CHECK_EVALUATION":
-            check = event.asset_check_evaluation_data
-            if not check.passed and check.severity == dg.AssetCheckSeverity.ERROR:
-                what = check.metadata.get("what_to_do")
-                found.append(
-                    f"check {check.check_name} of {check.asset_key.to_user_string()}: "
-                    f"{what.value if what else 'failed'}"
-                )
-    return found or ["a run failed before its first step"]
+    return found or ([] if by_checks else ["a run failed before its first step"])
 
 
 def _definition(partitions: Partitions, family: str) -> dg.PartitionsDefinition:

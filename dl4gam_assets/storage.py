@@ -106,6 +106,8 @@ class Storage:
     def __init__(self, root: str | os.PathLike[str] | UPath):
         self.root = UPath(root)
         self.written = 0  # results that were put in place through this object: neither states nor failures
+        if not self.is_local:
+            _forget_blank_variables()
 
     def __repr__(self) -> str:
         return f"Storage({str(self.root)!r})"
@@ -428,6 +430,13 @@ def _is_alive_here(path: Path) -> bool:
 def _is_orphan(path: Path) -> bool:
     """Whether a temporary file belongs to a process of this machine that is gone."""
     return _process_of(path) is not None and not _is_alive_here(path)
+
+
+def _forget_blank_variables() -> None:
+    """Take AWS_DEFAULT_REGION and others away where they are set to nothing, as a file of variables leaves them: the
+    client of object stores would take the empty text as the name of a region."""
+    for name in [n for n, value in os.environ.items() if n.startswith("AWS_") and not value.strip()]:
+        del os.environ[name]
 
 
 def _assert_whole(file: Path, final: Path) -> None:

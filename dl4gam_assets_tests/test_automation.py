@@ -16,13 +16,24 @@ import dagster as dg
 import pytest
 
 from dl4gam_assets import automation
-from dl4gam_assets.automation import CONDITIONS, JOBS, Notice, new_inputs, report_failure, year_request
-from dl4gam_assets.checks import _newest
+from dl4gam_assets.automation import (
+    CONDITIONS,
+    JOBS,
+    LOOKS,
+    Notice,
+    failed_checks,
+    new_inputs,
+    not_ready,
+    report_failure,
+    trained_here,
+    year_request,
+)
+from dl4gam_assets.checks import CHECKS, _newest
 from dl4gam_assets.compute import Mapper
 from dl4gam_assets.definitions import build_defs
-from dl4gam_assets.notify import Failure, NotifyError, send
+from dl4gam_assets.notify import Failure, NotifyError, checks_text, send
 from dl4gam_assets.partitions import Partitions
-from dl4gam_assets.resources import WebhookResource
+from dl4gam_assets.resources import ComputeResource, DeviceResource, RegionResource, WebhookResource, WorkspaceResource
 from dl4gam_assets.settings import Region, load_region, parse_region
 from dl4gam_assets.stages.base import Workspace
 from dl4gam_assets.stages.imagery import selected_scenes
@@ -38,17 +49,28 @@ def _november(year: int) -> dt.datetime:
 class Clock:
     """A deployment whose runs take no time: requests are answered with materializations and passed checks."""
 
-    def __init__(self, region: str) -> None:
+    def __init__(self, region: str, home: Path) -> None:
+        self.workspace = WorkspaceResource(
+            region=RegionResource(region=region, home=str(home)), compute=ComputeResource(workers=1),
+            device=DeviceResource(device="cpu"),
+        )  # fmt: skip
         self.region = load_region(region)
         self.partitions = Partitions(self.region)
         self.defs = build_defs(region)
         self.graph = self.defs.resolve_asset_graph()
         self.instance = dg.DagsterInstance.ephemeral()
         self.cursor: Any = None
+        self.results: dict[tuple[str, str | None], int] = {}
         self.now = dt.datetime(2026, 1, 2, tzinfo=dt.UTC)
 
-    def made(self, asset: str, partition: str | None = None, failed_check: str | None = None) -> None:
-        self.instance.report_runless_asset_event(dg.AssetMaterialization(dg.AssetKey(asset), partition=partition))
+    def made(
+        self, asset: str, partition: str | None = None, failed_check: str | None = None, *, unchanged: bool = False
+    ) -> None:
+        """A materialization with another result than before, or with the same."""
+        self.results[asset, partition] = self.results.get((asset, partition), 0) + (not unchanged)
+        tags = {"dagster/data_version": str(self.results[asset, partition])}
+        event = dg.AssetMaterialization(dg.AssetKey(asset), partition=partition, tags=tags)
+        self.instance.report_runless_asset_event(event)
         if failed_check:
             self.check(asset, failed_check, partition, passed=False)
 
@@ -96,8 +118,11 @@ class Clock:
                 requested[asset] = {str(k) for k in subset.expensively_compute_partition_keys()} if keyed else {None}
         return requested
 
-    def settle(self, fail: tuple[str, str, str] | None = None) -> dict[str, list[str | None]]:
-        """Tick and run what is asked for until nothing is; all that was made, by asset, in order."""
+    def settle(
+        self, fail: tuple[str, str, str] | None = None, *, unchanged: bool = False
+    ) -> dict[str, list[str | None]]:
+        """Tick and run what is asked for until nothing is; all that was made, by asset, in order. ``unchanged``: with
+        the same results as before."""
         made: dict[str, list[str | None]] = {}
         for _ in range(25):
             wanted = self.tick()
@@ -107,7 +132,7 @@ class Clock:
                 asset = key.to_user_string()
                 for partition in sorted(wanted.get(asset, ()), key=str):
                     failed = fail[2] if fail and fail[:2] == (asset, partition) else None
-                    self.made(asset, partition, failed)
+                    self.made(asset, partition, failed, unchanged=unchanged)
                     made.setdefault(asset, []).append(partition)
         raise AssertionError("the graph never settles")
 
@@ -116,31 +141,39 @@ class Clock:
         self.now = _november(year)
         schedule = self.defs.resolve_schedule_def("november")
         with dg.build_schedule_context(
-            instance=self.instance, scheduled_execution_time=self.now, repository_def=self.defs.get_repository_def()
+            instance=self.instance,
+            scheduled_execution_time=self.now,
+            repository_def=self.defs.get_repository_def(),
+            resources={"workspace": self.workspace},
         ) as context:
             return schedule.evaluate_tick(context)
 
 
 @pytest.fixture(scope="module")
-def grown_up() -> Clock:
+def grown_up(tmp_path_factory: pytest.TempPathFactory) -> Clock:
     """The Alps with everything made up to 2025, whose conditions have been looked at once."""
-    clock = Clock("alps")
+    clock = Clock("alps", tmp_path_factory.mktemp("home"))
     clock.everything(but_year=2026)
     assert clock.settle() == {}
     return clock
 
 
+def _prepared(clock: Clock) -> None:
+    """The store says that region and folds are ready for a year."""
+    storage, state = clock.workspace.region.storage(), {"input": "x", "output": "x", "time": "", "metadata": {}}
+    for asset in ("inventory_outlines", "glacier_zones", "cross_validation_folds", "elevation"):
+        storage.write_state(asset, "all", state)
+    for fold in range(1, clock.region.folds.n + 1):
+        storage.write_state("calibration", f"fold_{fold}", state)
+
+
 def test_five_novembers_pass_untouched(grown_up: Clock) -> None:
+    """In one of them the run fails, and is made good in January; in another the daemon was down until December."""
     clock = grown_up
     folds = [f"fold_{f}" for f in range(1, 6)]
     keys = []
-    for year in range(2026, 2031):
-        data = clock.november(year)
-        (request,) = data.run_requests
-        assert request.partition_key == str(year)
-        keys.append(request.run_key)
-        again = clock.november(year)
-        assert [r.run_key for r in again.run_requests] == [request.run_key], "a repeated tick asks for the same run"
+
+    def added(year: int) -> None:
         for asset in JOBS["add_a_year"].assets:
             clock.made(asset, str(year))
         made = clock.settle()
@@ -152,9 +185,36 @@ def test_five_novembers_pass_untouched(grown_up: Clock) -> None:
                 for asset in ("glacier_outlines", "area_change", "regional_change", "report", "stac_catalog")
             },
         }, year
-        clock.now = dt.datetime(year + 1, 1, 3, tzinfo=dt.UTC)
+
+    (skipped,) = [clock.november(2026).skip_message]
+    assert "run the job prepare_region" in str(skipped), "a store without an inventory is begun by people"
+    _prepared(clock)
+    for year in range(2026, 2031):
+        data = clock.november(year)
+        (request,) = data.run_requests
+        assert request.partition_key == str(year)
+        keys.append(request.run_key)
+        again = clock.november(year)
+        assert [r.run_key for r in again.run_requests] == [request.run_key], "a repeated tick asks for the same run"
+        if year == 2027:
+            clock.made("scene_candidates", "2027")  # and then the run failed
+            assert set(clock.settle()) <= {"selected_scenes", "glacier_cubes"}
+            clock.now = dt.datetime(2028, 1, 20, tzinfo=dt.UTC)
+        if year == 2029:
+            clock.now = dt.datetime(2029, 12, 20, tzinfo=dt.UTC)
+        added(year)
+        clock.now = dt.datetime(year + 1, 1, 23, tzinfo=dt.UTC)
         assert clock.settle() == {}, "the new calendar year begins nothing by itself"
     assert len(set(keys)) == 5
+
+
+def test_a_store_that_was_never_trained_is_not_begun_by_november(demo: Clock) -> None:
+    ws = demo.workspace.plain()
+    assert "no inventory_outlines, glacier_zones" in str(not_ready(ws))
+    _prepared(demo)
+    assert not_ready(ws) is None
+    Path(str(ws.storage.state_path("calibration", "fold_3"))).unlink()
+    assert str(not_ready(ws)).startswith("fold_3 of the region 'demo' are not trained and calibrated yet")
 
 
 def test_a_year_outside_the_region_is_skipped_with_the_reason() -> None:
@@ -190,8 +250,8 @@ def test_every_asset_has_a_way_to_be_made() -> None:
 
 # --------------------------------------------------------------------------------------------- conditions
 @pytest.fixture
-def demo() -> Clock:
-    clock = Clock("demo")
+def demo(tmp_path: Path) -> Clock:
+    clock = Clock("demo", tmp_path)
     clock.everything()
     assert clock.settle() == {}
     return clock
@@ -232,6 +292,22 @@ def test_a_new_inventory_renews_what_exists_and_trains_nothing(demo: Clock) -> N
     assert set(made["scene_candidates"]) == set(made["glacier_cubes"]) == set(years)
     assert made["cross_validation_folds"] == made["glacier_zones"] == [None]
     assert not {"ensemble_member", "normalization", "band_ratio_baseline"} & set(made)
+
+
+def test_what_is_made_again_without_a_change_starts_nothing(demo: Clock) -> None:
+    for asset, partition in (("inventory_outlines", None), ("glacier_cubes", "2019"), ("normalization", "fold_1")):
+        demo.made(asset, partition, unchanged=True)
+    assert demo.settle() == {}
+
+
+def test_a_change_ends_where_the_result_is_the_same(demo: Clock) -> None:
+    """Another inventory file, from which the same folds and zones come: only what was read from it is looked at."""
+    demo.made("inventory_outlines")
+    made = demo.settle(unchanged=True)
+    direct = {
+        key.to_user_string() for key in demo.graph.get(dg.AssetKey("inventory_outlines")).child_keys
+    } - {"normalization", "band_ratio_baseline"}  # fmt: skip
+    assert set(made) <= direct and {"glacier_zones", "cross_validation_folds"} <= set(made)
 
 
 def test_a_requested_training_goes_all_the_way(demo: Clock) -> None:
@@ -330,6 +406,54 @@ def test_trained_members_ask_for_their_fold_when_the_last_is_there(outside: Work
     assert _noticed(outside, cursor)[0] == [("calibrate_ensembles", "fold_2")]
 
 
+def test_members_that_this_dagster_trained_are_carried_on_by_conditions_alone(outside: Workspace) -> None:
+    _, cursor, _ = _noticed(outside, None)
+    state = {"input": "x", "time": "", "metadata": {}}
+    with dg.DagsterInstance.ephemeral() as instance:
+        for member in (1, 2, 3):
+            label = f"fold_2.member_0{member}"
+            outside.storage.write_state("ensemble_member", label, state | {"output": f"sha{member}"})
+            event = dg.AssetMaterialization(
+                dg.AssetKey("ensemble_member"), partition=f"fold_2|member_0{member}",
+                tags={"dagster/data_version": f"sha{member}"},
+            )  # fmt: skip
+            assert not trained_here(instance, outside, "fold_2")
+            instance.report_runless_asset_event(event)
+        carried = lambda fold: trained_here(instance, outside, fold)  # noqa: E731
+        assert new_inputs(outside, cursor, YEARS, carried=carried)[0] == []
+        outside.storage.write_state("ensemble_member", "fold_2.member_03", state | {"output": "from elsewhere"})
+        assert len(new_inputs(outside, cursor, YEARS, carried=carried)[0]) == 1
+
+
+def test_more_members_than_there_are_ask_for_nothing(outside: Workspace) -> None:
+    state = {"input": "x", "time": "", "metadata": {}, "output": "sha"}
+    for member in (1, 2, 3):
+        outside.storage.write_state("ensemble_member", f"fold_2.member_0{member}", state)
+    _, cursor, _ = _noticed(outside, None)
+    raw = outside.region.model_dump(mode="json")
+    raw["training"]["members"] = 5
+    more = Workspace(parse_region(raw), outside.storage, Mapper(1), device="cpu")
+    assert _noticed(more, cursor)[0] == [], "two are missing: a calibration could only fail"
+
+
+def test_a_sensor_that_forgot_may_ask_again(outside: Workspace) -> None:
+    first, _, keys = _noticed(outside, None)
+    again, _, others = _noticed(outside, None)
+    assert first == again != [] and not keys & others, "the first run may have failed"
+
+
+def test_an_input_that_changed_nothing_asks_for_nothing(outside: Workspace) -> None:
+    """It was made by hand meanwhile."""
+    from dl4gam_assets.stages.inventory import debris_outlines
+
+    _, cursor, _ = _noticed(outside, None)
+    with open(outside.data_root / "debris.gpkg", "ab") as handle:
+        handle.write(b"\0")
+    assert len(_noticed(outside, cursor)[0]) == 1
+    debris_outlines(outside)
+    assert _noticed(outside, cursor)[0] == []
+
+
 def test_the_first_look_asks_for_what_is_out_of_date(outside: Workspace) -> None:
     found, _, _ = _noticed(outside, None)
     assert ("prepare_region", None) in found
@@ -408,6 +532,25 @@ def test_a_failed_run_is_reported_with_partition_error_and_link(
     assert "secret-token" not in caplog.text
 
 
+def test_failed_checks_are_told_each_once(demo: Clock) -> None:
+    assert failed_checks(demo.instance, None)[0] == []
+    _, cursor = failed_checks(demo.instance, None)
+    demo.made("glacier_cubes", "2019", "selected_image")
+    demo.check("glacier_cubes", "selected_image", "2020", passed=True)
+    lines, cursor = failed_checks(demo.instance, cursor)
+    assert lines == ["selected_image of glacier_cubes [2019] (holds back what comes after it): failed"]
+    assert failed_checks(demo.instance, cursor)[0] == []
+    assert checks_text(lines * 12).splitlines()[0] == "dl4gam: 12 checks failed"
+
+
+def test_the_monthly_look_makes_nothing(demo: Clock) -> None:
+    job = demo.defs.resolve_job_def("look_at_results")
+    assert job.asset_layer.executable_asset_keys == set()
+    assert [node.name for node in job.nodes] == ["checks_of_results_database"]
+    assert set(LOOKS) <= {(check.asset, check.name) for check in CHECKS}
+    assert "monthly_look" in {s.name for s in demo.defs.get_repository_def().schedule_defs}
+
+
 def test_messages_go_to_the_configured_host_only(hook: Any) -> None:
     url = f"http://127.0.0.1:{hook.server_port}/x"
     for host in ("", "chat.example.org"):
@@ -445,6 +588,6 @@ def test_the_sensors_are_wired_to_real_jobs() -> None:
     sensor = repository.get_sensor_def("notice_new_inputs")
     assert {job.name for job in sensor.jobs} == {"prepare_region", "choose_images", "calibrate_ensembles"}
     assert {s.name for s in repository.sensor_defs} == {
-        "carry_changes_downstream", "notice_new_inputs", "report_failures", "find_lost_runs",
+        "carry_changes_downstream", "notice_new_inputs", "report_failures", "report_checks", "find_lost_runs",
     }  # fmt: skip
     assert automation.NOVEMBER in {s.cron_schedule for s in repository.schedule_defs}

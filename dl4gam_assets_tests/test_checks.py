@@ -247,8 +247,6 @@ TAMPER: dict[tuple[str, str], Tamper] = {
     ("ensemble_member", "learned"): _edit("members", _set("validation_iou", 0.02), fold=1, member=1),
     ("ensemble", "complete"): lambda s: shutil.rmtree(str(s.path("tables", "members", "fold=1", "member=2"))),
     ("calibration", "calibration_error"): _edit("calibration", _set("ece_after", 0.3), fold=1),
-    ("calibration", "intervals_cover"): _edit("calibration", lambda f: f.assign(validation_coverage=0.1, n_glaciers=30),
-                                              fold=1),
     ("glacier_predictions", "held_out"): _edit("folds", lambda f: f.assign(role=f["role"].replace("test", "train"))),
     ("evaluation", "better_than_a_threshold"): _edit(
         "evaluation", lambda f: f.assign(false_negative=f["false_negative"] + 10_000 * (f["method"] == "ensemble")),
@@ -258,6 +256,7 @@ TAMPER: dict[tuple[str, str], Tamper] = {
     ("glacier_areas", "area_below_zone"): _edit("areas", _times("upper_km2", 50.0), **_AREAS),
     ("glacier_areas", "ice_left"): _edit("areas", _set("area_km2", 0.0), **_AREAS),
     ("baseline_areas", "recall_of_inventory"): _edit("baseline_areas", _set("recall", 0.1, slice(0, 20))),
+    ("baseline_areas", "intervals_cover"): _edit("baseline_areas", _times("inventory_area_km2", 50.0)),
     ("baseline_areas", "complete"): _edit("baseline_areas", lambda f: f.head(2)),
     ("glacier_outlines", "area_of_outlines"): _edit("outlines", _times("area_km2", 2.0), year=2017),
     ("area_change", "growth_is_flagged"): _edit("changes", _grown(slice(0, 1)), year=2017),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 from pathlib import Path
@@ -87,3 +88,46 @@ def test_jobs_that_the_docs_name_are_there() -> None:
     table = text[text.index("## Jobs") : text.index("## Turn it on")]
     named = set(re.findall(r"`([a-z_]+)`", "\n".join(re.findall(r"^\| (.*?) \|", table, re.MULTILINE))))
     assert named == set(JOBS)
+
+
+#: Messages of others (torch, PostgreSQL, the system) that people meet here.
+OF_OTHERS = ("operator torchvision::nms", "syntax error at or near", "No space left on device")
+
+
+def _texts() -> str:
+    """All texts in the package, and in the Makefile; what is put into a message at run time is a line's end."""
+    found = [(ROOT / "Makefile").read_text(encoding="utf-8")]
+    for file in sorted((ROOT / "dl4gam_assets").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = (p.value if isinstance(p, ast.Constant) else "\n" for p in node.values)
+                found.append("".join(str(part) for part in parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return "\n".join(found)
+
+
+def test_every_message_in_troubleshooting_is_one_that_the_package_says() -> None:
+    texts, checked = _texts(), 0
+    for line in (DOCS / "troubleshooting.md").read_text(encoding="utf-8").splitlines():
+        first = line.split("|")[1] if line.startswith("| ") else ""
+        for message in re.findall(r"`([^`]+)`", first):
+            if message.startswith(OF_OTHERS):
+                continue
+            # Names, numbers and texts in quotes are put in at run time.
+            parts = re.split(r"\.\.\.|'[^']*'|\b[A-Z]\b|\d+(?:\.\d+)?|\bworker\b", message)
+            wanted = [part.strip(" :,") for part in parts if len(part.strip(" :,")) >= 6]
+            assert wanted, f"nothing of {message!r} can be looked for"
+            missing = [part for part in wanted if part not in texts]
+            assert not missing, f"docs/troubleshooting.md: nobody says {missing} of {message!r}"
+            checked += 1
+    assert checked > 20
+
+
+def test_pictures_of_readme_and_tour_have_a_script() -> None:
+    made = tool("screenshots")
+    for page, pages, ending in (("README.md", made.README_PAGES, "png"), ("docs/ui-tour.md", made.PAGES, "jpg")):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for name in re.findall(rf"images/((?!demo)[\w]+)\.{ending}", text):
+            if ending == "png" or name.startswith("ui_"):
+                assert name in pages, f"{page} shows {name}, which docs/tools/screenshots.py does not take"

@@ -7,16 +7,21 @@ Does not belong here: assets.
 import base64
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 from urllib.parse import quote
 
 import dagster as dg
+from dagster._core.definitions.data_version import DATA_VERSION_IS_USER_PROVIDED_TAG, DATA_VERSION_TAG
+from dagster._core.definitions.partitions.utils import get_tags_from_multi_partition_key
+from dagster._core.storage.tags import EXTERNALLY_MANAGED_ASSETS_TAG
 
 from dl4gam_assets.compute import TransientError
+from dl4gam_assets.gate import Gate, goes_on
 from dl4gam_assets.settings import Region
 from dl4gam_assets.stages.base import StageResult, Workspace
+from dl4gam_assets.upkeep import tell_host
 
-#: Each asset's people; regions override it in their deployment through Definitions' metadata.
+#: Each asset's people.
 OWNERS = ["team:glacier-mapping"]
 
 
@@ -26,16 +31,34 @@ def backfill_policy(region: Region) -> dg.BackfillPolicy:
 
 
 def gpu_tags() -> dict[str, Any]:
-    """Tags of the steps of the pool ``gpu`` for Kubernetes: as many GPUs as DL4GAM_K8S_GPUS says (none by default).
+    """Tags of the steps of the pool ``gpu`` for Kubernetes: as many GPUs as DL4GAM_K8S_GPUS says (none by default), on
+    nodes with the labels in DL4GAM_K8S_GPU_NODES (``name=value``, separated by commas).
 
-    They matter only where each step runs in a pod of its own (DL4GAM_EXECUTOR=k8s).
+    Clouds keep other pods off their GPU nodes by a taint; these tolerate it. The tags matter only where each step runs
+    in a pod of its own (DL4GAM_EXECUTOR=k8s).
+
+    Raises
+    ------
+    ValueError
+        if one of the two variables can not be read.
     """
     gpus = os.environ.get("DL4GAM_K8S_GPUS", "0")
     if not gpus.isdigit():
         raise ValueError(f"DL4GAM_K8S_GPUS is {gpus!r}: it has to be the number of GPUs of a training step, or unset")
     if gpus == "0":
         return {}
-    return {"dagster-k8s/config": {"container_config": {"resources": {"limits": {"nvidia.com/gpu": gpus}}}}}
+    pod: dict[str, Any] = {"tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]}
+    if nodes := os.environ.get("DL4GAM_K8S_GPU_NODES", "").strip():
+        words = [part.partition("=") for part in nodes.split(",")]
+        labels = {name.strip(): value.strip() for name, _, value in words}
+        if not all(name and value for name, value in labels.items()):
+            raise ValueError(f"DL4GAM_K8S_GPU_NODES is {nodes!r}: it has to be like 'gpu=h100,zone=a', or unset")
+        pod["node_selector"] = labels
+    return {
+        "dagster-k8s/config": {
+            "container_config": {"resources": {"limits": {"nvidia.com/gpu": gpus}}}, "pod_spec_config": pod,
+        }
+    }  # fmt: skip
 
 
 def each_partition(
@@ -45,8 +68,12 @@ def each_partition(
 
     A partition that fails is logged and the next one is done; the run then fails with all their names. Where a server
     did not answer, the step is tried again after a while (``compute.retries``); what was made is found to be current.
+    A partition that a failed check holds back is left out (:func:`held_back`).
     """
-    if not (context.has_partition_key or context.has_partition_key_range):
+    tell_host(context.instance, context.run)
+    if not _is_partitioned(context):
+        if reasons := held_back(context).get(None):
+            raise dg.Failure(description=f"held back: {'; '.join(reasons)}")
         try:
             result = stage(ws, "")
         except TransientError as error:
@@ -55,10 +82,14 @@ def each_partition(
         if ws.unreachable:
             _try_again(context, ws, f"{ws.unreachable} glaciers could not be reached")
         context.add_asset_metadata(metadata_of(result))
+        _set_version(context, ws, result)
         _say(context, result)
         return
+    held = held_back(context)
     results: dict[str, StageResult | Exception] = {}
     for key in context.partition_keys:
+        if key in held:
+            continue
         try:
             results[key] = stage(ws, key)
         except Exception as error:
@@ -69,7 +100,31 @@ def each_partition(
         late.append(f"{ws.unreachable} glaciers could not be reached")
     if late:
         _try_again(context, ws, "; ".join(late))
-    attach(context, results)
+    attach(context, ws, results, held)
+
+
+def _is_partitioned(context: dg.AssetExecutionContext) -> bool:
+    return context.has_partition_key or context.has_partition_key_range
+
+
+def _made_here(context: dg.AssetExecutionContext) -> tuple[Any, set[str]]:
+    """The asset graph, and the names of the assets that this run makes."""
+    graph = context.job_def.asset_layer.asset_graph
+    return graph, {key.to_user_string() for key in graph.executable_asset_keys}
+
+
+def held_back(context: dg.AssetExecutionContext) -> dict[str | None, list[str]]:
+    """The partitions of this run that failed blocking checks hold back, with the reasons. Those of one partition hold
+    back nothing of another; the tag ``dl4gam/despite_checks`` of a run lets it go on all the same."""
+    if goes_on(context.run.tags):
+        return {}
+    graph, within = _made_here(context)
+    gate, asset = Gate(context.instance, graph, within), context.asset_key.to_user_string()
+    keys: Sequence[str | None] = context.partition_keys if _is_partitioned(context) else [None]
+    found = {key: reasons for key in keys if (reasons := gate.reasons(asset, key))}
+    for key, reasons in found.items():
+        context.log.warning(f"{asset}{'' if key is None else f' [{key}]'} is held back: {'; '.join(reasons)}")
+    return found
 
 
 def _try_again(context: dg.AssetExecutionContext, ws: Workspace, why: str) -> None:
@@ -87,34 +142,82 @@ def all_partitions(
     stage: Callable[[Workspace, Sequence[str]], Mapping[str, StageResult | Exception]],
 ) -> None:
     """Like :func:`each_partition` for a stage that works on several partitions at once."""
-    attach(context, stage(ws, list(context.partition_keys)))
+    tell_host(context.instance, context.run)
+    held = held_back(context)
+    attach(context, ws, stage(ws, [key for key in context.partition_keys if key not in held]), held)
 
 
-def attach(context: dg.AssetExecutionContext, results: Mapping[str, StageResult | Exception]) -> None:
+def attach(
+    context: dg.AssetExecutionContext,
+    ws: Workspace,
+    results: Mapping[str, StageResult | Exception],
+    held: Mapping[str | None, Sequence[str]],
+) -> None:
     """Show each partition's metadata and pictures on its materialization; raise if any partition failed.
 
-    A failed run records no materialization of its own, so those of the partitions that were made are logged first.
+    Each materialization carries the fingerprint of its result as data version, so that what is made again without a
+    change starts nothing. A run over several partitions would give all of them one version and record those too that
+    were left out: there each one's materialization is logged here.
 
     Raises
     ------
     dagster.Failure
-        with the name and error of each failed partition.
+        with the name and error of each failed partition; and with the reasons of those that were held back, if nothing
+        of this run comes after them: until then the others go on.
     """
     errors = {key: result for key, result in results.items() if isinstance(result, Exception)}
+    one_by_one = bool(errors or held or len(context.partition_keys) > 1)
+    if one_by_one:
+        # In memory, of this step: Dagster logs none itself.
+        cast(dict[str, str], context.run.tags)[EXTERNALLY_MANAGED_ASSETS_TAG] = "true"
     for key in context.partition_keys:
-        result = results[key]
-        if isinstance(result, Exception):
+        result = results.get(key)
+        if result is None or isinstance(result, Exception):
             continue
         _say(context, result)
-        if errors:
-            event = dg.AssetMaterialization(context.asset_key, partition=key, metadata=metadata_of(result))
+        if one_by_one:
+            event = dg.AssetMaterialization(
+                context.asset_key, partition=key, metadata=metadata_of(result),
+                tags=_version_tags(ws, context, result) | _dimension_tags(key),
+            )  # fmt: skip
             context.log_event(event)
         else:
             context.add_asset_metadata(metadata_of(result), partition_key=key)
+            _set_version(context, ws, result)
     if errors:
         lines = "\n".join(f"  {key}: {error}" for key, error in errors.items())
         message = f"{len(errors)} of {len(results)} partitions failed:\n{lines}"
         raise dg.Failure(description=message) from next(iter(errors.values()))
+    if held and (not results or not _goes_further(context)):
+        lines = "\n".join(f"  {key}: {'; '.join(reasons)}" for key, reasons in held.items())
+        raise dg.Failure(description=f"{len(held)} of {len(context.partition_keys)} partitions are held back:\n{lines}")
+
+
+def _goes_further(context: dg.AssetExecutionContext) -> bool:
+    """Whether this run makes something from this asset."""
+    graph, within = _made_here(context)
+    return any(child.to_user_string() in within for child in graph.get(context.asset_key).child_keys)
+
+
+def _version(ws: Workspace, context: dg.AssetExecutionContext, result: StageResult) -> str | None:
+    state = ws.storage.read_state(context.asset_key.to_user_string(), result.partition)
+    return None if state is None else str(state["output"])
+
+
+def _set_version(context: dg.AssetExecutionContext, ws: Workspace, result: StageResult) -> None:
+    if version := _version(ws, context, result):
+        context.op_execution_context.set_data_version(context.asset_key, dg.DataVersion(version))
+
+
+def _version_tags(ws: Workspace, context: dg.AssetExecutionContext, result: StageResult) -> dict[str, str]:
+    """The data version as Dagster records it."""
+    version = _version(ws, context, result)
+    return {DATA_VERSION_TAG: version, DATA_VERSION_IS_USER_PROVIDED_TAG: "true"} if version else {}
+
+
+def _dimension_tags(key: str) -> dict[str, str]:
+    """The keys of a partition of two dimensions as Dagster records them."""
+    return dict(get_tags_from_multi_partition_key(key)) if isinstance(key, dg.MultiPartitionKey) else {}
 
 
 def metadata_of(result: StageResult) -> dict[str, Any]:

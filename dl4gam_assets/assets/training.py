@@ -14,9 +14,11 @@ GROUP = "training"
 class MemberConfig(dg.Config):
     """Overrides of the region's training settings for one run. They become part of the member's fingerprint."""
 
-    epochs: int | None = Field(None, description="Epochs; empty: training.epochs of the region.")
-    learning_rate: float | None = Field(None, description="Learning rate; empty: training.learning_rate.")
-    batch_size: int | None = Field(None, description="Patches a batch; empty: training.batch_size.")
+    epochs: int | None = Field(None, ge=1, description="Epochs, at least 1; empty: training.epochs of the region.")
+    learning_rate: float | None = Field(
+        None, gt=0, description="Learning rate, above 0; empty: training.learning_rate."
+    )
+    batch_size: int | None = Field(None, ge=1, description="Patches a batch, at least 1; empty: training.batch_size.")
 
 
 def build(p: Partitions) -> list[dg.AssetsDefinition]:

@@ -256,8 +256,11 @@ class Workspace:
         partition: str,
         function: Callable[..., Any],
         tasks: Iterable[tuple[str, Sequence[Any]]],
+        mapper: Mapper | None = None,
     ) -> tuple[dict[str, Any], pd.DataFrame]:
         """Apply ``function`` to each ``(glacier_id, arguments)``; one failure never loses the others.
+
+        ``mapper`` replaces the workspace's, for work that has to be done elsewhere (on a GPU of this machine).
 
         Returns values by glacier id (sorted), and the failures, which replace those of the partition's last run.
 
@@ -276,7 +279,7 @@ class Workspace:
 
         values: dict[str, Any] = {}
         failures: list[Done] = []
-        for done in self.mapper.map(function, todo, progress=progress):
+        for done in (mapper or self.mapper).map(function, todo, progress=progress):
             if done.ok:
                 values[done.key] = done.value
                 self.storage.written += 1  # in another process perhaps

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from dl4gam_assets.compute import choose_device
+from dl4gam_assets.compute import choose_device, place_of
 from dl4gam_assets.settings import fingerprint
 from dl4gam_assets.stages import previews
 from dl4gam_assets.stages.base import (
@@ -26,7 +26,7 @@ from dl4gam_assets.stages.base import (
 )
 from dl4gam_assets.stages.mending import removing_damaged
 from dl4gam_assets.stages.provenance import expect_calibrated, expect_cube, expect_made_from_present, expect_map
-from dl4gam_assets.stages.training import _threads, calibration_of, forest_path, logits_of
+from dl4gam_assets.stages.training import calibration_of, forest_path, logits_of
 from dl4gam_assets.tables import TABLES
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def prediction_of(
         if tags.get("fingerprint") == wanted:
             return dict(json.loads(tags["row"]))
     start = time.perf_counter()
+    device = choose_device(device)
     temperatures, hashes = calibration_of(site, fold)
     cube_path = storage.cube(year, glacier_id)
     with (
@@ -132,7 +133,8 @@ def glacier_predictions(ws: Workspace, year: int, fold: int, *, force: bool = Fa
         tested = set(folds.loc[(folds["fold"] == fold) & (folds["role"] == "test"), "glacier_id"])
         cubes = storage.read_table("cubes", year=year)
         cubes = cubes[cubes["glacier_id"].isin(tested)]
-        device = ws.used_device = choose_device(ws.device)
+        place = place_of(ws.mapper, ws.device)
+        ws.used_device = place.device if place.mapper.scheduler is None else f"workers of a scheduler ({place.device})"
         tasks = []
         for cube in cubes.itertuples():
             wanted = fingerprint(
@@ -144,9 +146,9 @@ def glacier_predictions(ws: Workspace, year: int, fold: int, *, force: bool = Fa
                     ws.region.model.channels,
                 ]
             )
-            arguments = (ws.site, year, fold, cube.glacier_id, wanted, device, _threads(ws, device))
+            arguments = (ws.site, year, fold, cube.glacier_id, wanted, place.device, place.threads)
             tasks.append((cube.glacier_id, arguments))
-        rows, failures = ws.over_glaciers("glacier_predictions", label, prediction_of, tasks)
+        rows, failures = ws.over_glaciers("glacier_predictions", label, prediction_of, tasks, place.mapper)
         frame = pd.DataFrame(list(rows.values()))
         if not len(frame):
             frame = TABLES["predictions"].empty().drop(columns=["year", "fold"])

@@ -17,7 +17,15 @@ import numpy as np
 import pandas as pd
 from upath import UPath
 
-from dl4gam_assets.compute import Done, Mapper, choose_device, count_accelerators, default_workers, own_device
+from dl4gam_assets.compute import (
+    Done,
+    Mapper,
+    choose_device,
+    count_accelerators,
+    default_workers,
+    own_device,
+    place_of,
+)
 from dl4gam_assets.settings import Region, TrainingSettings, fingerprint
 from dl4gam_assets.stages import previews, published
 from dl4gam_assets.stages.base import (
@@ -359,37 +367,42 @@ def ensemble_members(
         out[done.key] = _store_member(ws, fold, member, now, done, named[done.key])
     if not todo:
         return out
-    mapper, threads = _member_processes(ws)
+    mapper, device, threads = _member_processes(ws)
 
     def progress(done: int, total: int, seconds: float) -> None:
         ws.logger.info(f"ensemble_member: {done} of {total} members, {seconds / max(done, 1):.0f} s each")
 
     with packed_layers(ws) as packed, _epoch_lines(ws, site, {(f, m) for f, m, _ in todo.values()}, packed):
-        tasks = [(key, (site, f, m, str(packed), ws.device, threads, now, force)) for key, (f, m, now) in todo.items()]
+        tasks = [(key, (site, f, m, str(packed), device, threads, now, force)) for key, (f, m, now) in todo.items()]
         for done in mapper.map(train_one, tasks, progress=progress):
             fold, member, now = todo[done.key]
             out[done.key] = _store_member(ws, fold, member, now, done, named[done.key])
     return out
 
 
-def _member_processes(ws: Workspace) -> tuple[Mapper, int]:
-    """The processes that train members, and the threads of each: on a CPU they share the cores, on GPUs there are
-    ``compute.members_at_once`` for each.
+def _member_processes(ws: Workspace) -> tuple[Mapper, str, int]:
+    """The processes that train members, the device that each is told, and its threads (0: as it has): on a CPU they
+    share the cores, on GPUs there are ``compute.members_at_once`` for each.
 
     The threads decide the last bits of the weights, so they follow from settings and machine, never from how many
     members a run is asked for or has left: a member trained alone is the one that is trained beside others. Where a
     run takes one partition (``compute.partitions_per_run``), its one member has all cores.
+
+    Workers of a scheduler train where this machine has no accelerator and they see the packed layers: those of a store
+    in an object store lie in this machine's temporary folder.
     """
-    compute, device = ws.region.compute, choose_device(ws.device)
-    if ws.mapper.scheduler is not None:
-        return ws.mapper, 0
-    if device == "cpu":
+    compute, place = ws.region.compute, place_of(ws.mapper, ws.device)
+    if place.mapper.scheduler is not None and ws.storage.is_local:
+        return place.mapper, place.device, 0
+    if place.mapper.scheduler is not None:
+        place = place_of(Mapper(ws.mapper.workers), ws.device)
+    if place.device == "cpu":
         every = ws.region.folds.n * ws.region.training.members
-        at_once = compute.members_at_once or min(ws.mapper.workers, compute.partitions_per_run)
-        mapper = ws.mapper if at_once == ws.mapper.workers else Mapper(at_once)
-        return mapper, max(default_workers() // min(at_once, every), 1)
-    at_once = (compute.members_at_once or 1) * count_accelerators(device, compute.gpus)
-    return Mapper(at_once), max(default_workers() // at_once, 1)
+        at_once = compute.members_at_once or min(place.mapper.workers, compute.partitions_per_run)
+        mapper = place.mapper if at_once == place.mapper.workers else Mapper(at_once)
+        return mapper, place.device, max(default_workers() // min(at_once, every), 1)
+    at_once = (compute.members_at_once or 1) * count_accelerators(place.device, compute.gpus)
+    return Mapper(at_once), place.device, max(default_workers() // at_once, 1)
 
 
 @contextlib.contextmanager
@@ -593,6 +606,7 @@ def validation_of(
     from dl4gam_assets.cubes import cube_mask, open_cube
 
     storage = site.storage
+    device = choose_device(device)
     with (
         storage.reading(storage.cube(site.region.years.baseline, glacier_id)) as local,
         open_cube(local) as cube,
@@ -669,12 +683,13 @@ def calibration(ws: Workspace, fold: int, *, force: bool = False) -> StageResult
         from dl4gam_assets import ensemble as science
 
         ids = members_of(ws, fold, "valid")
-        device, seed = choose_device(ws.device), ws.region.training.seed + fold
+        place, seed = place_of(ws.mapper, ws.device), ws.region.training.seed + fold
         values, _ = ws.over_glaciers(
             "calibration",
             label,
             validation_of,
-            [(g, (ws.site, fold, g, device, _threads(ws, device), settings.pixel_share, seed)) for g in ids],
+            [(g, (ws.site, fold, g, place.device, place.threads, settings.pixel_share, seed)) for g in ids],
+            place.mapper,
         )
         if not values:
             raise UpstreamError(
@@ -770,10 +785,6 @@ def calibration(ws: Workspace, fold: int, *, force: bool = False) -> StageResult
         return fingerprint(content), metadata, {"reliability": picture}
 
     return run_stage(ws, "calibration", label, inputs, work, force=force)
-
-
-def _threads(ws: Workspace, device: str) -> int | None:
-    return max(default_workers() // ws.mapper.workers, 1) if device == "cpu" else None
 
 
 # --------------------------------------------------------------------------------------------- baseline

@@ -13,11 +13,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from dl4gam_assets.compute import Mapper, close_clusters
+from dl4gam_assets.compute import Mapper, choose_device, close_clusters, place_of
 from dl4gam_assets.definitions import build_defs
 from dl4gam_assets.orchestrate import materialize
-from dl4gam_assets.stages import cubes, predictions
-from dl4gam_assets.stages.base import Workspace
+from dl4gam_assets.stages import cubes, predictions, training
+from dl4gam_assets.stages.base import UpstreamError, Workspace
+from dl4gam_assets.storage import Storage
 from dl4gam_assets_tests.small_region import Small
 
 
@@ -148,3 +149,65 @@ def test_a_worker_that_dies_loses_no_glacier(cluster: Cluster, tmp_path: Path) -
     assert not result.ok and "died twice" in str(result.error)
     (after,) = mapper.map(pid, [("after", (1,))])
     assert after.ok
+
+
+# --------------------------------------------------------------------------------------------- devices
+def _tell(site: object, year: int, fold: int, glacier_id: str, wanted: str, device: str, threads: int | None) -> None:
+    """In place of the mapping of a glacier: says in which process it would be done, and on which device."""
+    raise ValueError(f"process {os.getpid()} on {device}")
+
+
+def _jobs_done(cluster: Cluster) -> int:
+    from distributed import Client
+
+    with Client(cluster.address, set_as_default=False) as client:
+        return int(client.run_on_scheduler(lambda dask_scheduler: dask_scheduler.transition_counter))
+
+
+def test_a_step_with_a_gpu_uses_it_itself(
+    small: Small, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = small.copy(tmp_path / "copy")
+    ws = Workspace(mine.region, mine.storage, Mapper(1, scheduler=cluster.address))
+    monkeypatch.setattr(predictions, "prediction_of", _tell)
+    for wish in ("cuda", "auto"):
+        ws.device = wish
+        with monkeypatch.context() as gpu:
+            gpu.setattr("torch.cuda.is_available", lambda: True)
+            with pytest.raises(UpstreamError, match=f"process {os.getpid()} on cuda$"):
+                predictions.glacier_predictions(ws, 2016, 1, force=True)
+            mapper, device, _ = training._member_processes(ws)
+            assert mapper.scheduler is None and device == "cuda"
+    # Without one the workers choose.
+    with pytest.raises(UpstreamError, match=r"process \d+ on auto$") as told:
+        predictions.glacier_predictions(ws, 2016, 1, force=True)
+    assert any(f"process {p.pid} " in str(told.value) for p in cluster.processes[1:])
+
+
+def test_workers_choose_their_device_and_name_the_one_that_they_lack(
+    small: Small, cluster: Cluster, tmp_path: Path
+) -> None:
+    if choose_device() != "cpu":
+        pytest.skip("this machine has an accelerator: its steps use it themselves")
+    mine = small.copy(tmp_path / "copy")
+    ws = Workspace(mine.region, mine.storage, Mapper(1, scheduler=cluster.address), device="cuda")
+    assert place_of(ws.mapper, "cuda").mapper.scheduler == cluster.address, "a worker may have what this machine lacks"
+    with pytest.raises(UpstreamError, match=r"compute\.device is 'cuda', but this machine has none"):
+        predictions.glacier_predictions(ws, 2016, 1, force=True)
+    with pytest.raises(RuntimeError, match=r"compute\.device is 'cuda'"):
+        place_of(Mapper(1), "cuda")
+    ws.device = "auto"
+    before = _jobs_done(cluster)
+    training.calibration(ws, 1, force=True)
+    (result,) = training.ensemble_members(ws, {"m": (1, 1)}, {"epochs": 1}, force=True).values()
+    assert not isinstance(result, Exception), result
+    assert result.metadata["device"] == "cpu"
+    assert _jobs_done(cluster) > before, "calibration and training were not done by the workers"
+
+
+def test_members_of_a_store_elsewhere_are_trained_where_their_layers_are_packed(small: Small) -> None:
+    """The packed layers of a store that is no folder lie in a temporary folder, which other machines do not see."""
+    here, elsewhere = small.storage, Storage("memory://bucket/small")
+    for storage, address in ((here, "tcp://127.0.0.1:1"), (elsewhere, None)):
+        ws = Workspace(small.region, storage, Mapper(1, scheduler="tcp://127.0.0.1:1"), device="cpu")
+        assert training._member_processes(ws)[0].scheduler == address

@@ -1,8 +1,10 @@
 """The files in deploy/: whole, in agreement with each other and with the package."""
 
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import pytest
 import yaml
 
 from dl4gam_assets import __version__
+from dl4gam_assets.assets.common import gpu_tags
+from dl4gam_assets.storage import Storage
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 PACKAGE = DEPLOY.parent / "dl4gam_assets"
@@ -70,6 +74,97 @@ def test_charts_run_the_same_image_of_this_version() -> None:
     assert {(i["repository"], i["tag"]) for i in images} == {("registry.example.org/dl4gam-assets", __version__)}
     store = {e["name"]: e.get("value") for e in deployment["env"]}["DL4GAM_HOME"]
     assert store == {e["name"]: e.get("value") for e in dask["worker"]["env"]}["DL4GAM_HOME"] and "://" in store
+
+
+def test_what_the_image_starts_by_name_is_in_it(tmp_path: Path) -> None:
+    """Dask's chart starts its scheduler as `dask-scheduler`, and its workers by the one word of the values."""
+    by_chart = ["dask-scheduler", load("helm/dask-values.yaml")["worker"]["image"]["dask_worker"]]
+    assert "COPY deploy/bin/ /usr/local/bin/" in (DEPLOY / "Dockerfile").read_text()
+    for name in by_chart:
+        script = DEPLOY / "bin" / name
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        done = subprocess.run(
+            [script, "--help"], env=os.environ | {"PATH": path}, capture_output=True, text=True, check=True
+        )
+        # What the chart's templates give to them.
+        wanted = ("--port", "--dashboard-address") if name == "dask-scheduler" else ("--nthreads", "--memory-limit")
+        assert all(option in done.stdout for option in wanted), name
+
+
+def test_the_image_has_the_libraries_that_gdal_asks_the_system_for() -> None:
+    """rasterio's wheel brings its GDAL; what that needs and no slim image has must be installed."""
+    readelf = shutil.which("readelf")
+    if readelf is None:
+        pytest.skip("readelf is absent")
+    import rasterio
+
+    libraries = list((Path(rasterio.__file__).parents[1] / "rasterio.libs").glob("*.so*"))
+    if not libraries:
+        pytest.skip("rasterio is not from a wheel here")
+    own = {re.sub(r"-[0-9a-f]{8}", "", file.name).split(".so")[0] for file in libraries}
+    needed: set[str] = set()
+    for file in libraries:
+        told = subprocess.run([readelf, "-d", str(file)], capture_output=True, text=True, check=True).stdout
+        needed |= {re.sub(r"-[0-9a-f]{8}", "", n).split(".so")[0] for n in re.findall(r"NEEDED.*\[(.+?)\]", told)}
+    # glibc, the compiler's libraries and zlib, which Python itself links, are in every image with Python.
+    there = {
+        "libc",
+        "libm",
+        "libdl",
+        "libpthread",
+        "librt",
+        "libutil",
+        "libz",
+        "libgcc_s",
+        "libstdc++",
+        "ld-linux-x86-64",
+    }
+    installed = {name.rstrip("0123456789") for name in re.findall(r"\b(lib\w+)\b", (DEPLOY / "Dockerfile").read_text())}
+    assert {n for n in needed - own - there if n.rstrip("0123456789") not in installed} == set()
+
+
+def test_workers_of_the_chart_reach_the_store_of_the_code() -> None:
+    names = {entry["name"] for entry in load("helm/dask-values.yaml")["worker"]["env"]}
+    assert {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL"} <= names
+
+
+def test_a_blank_region_is_no_region(monkeypatch: pytest.MonkeyPatch) -> None:
+    botocore = pytest.importorskip("botocore.session", reason="botocore is absent: pip install -e '.[team]'")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "")
+    with pytest.raises(ValueError, match="Invalid endpoint"):  # what a blank line in a file of variables did
+        botocore.get_session().create_client("s3", aws_access_key_id="a", aws_secret_access_key="b")
+    Storage("/tmp/here")
+    assert "AWS_DEFAULT_REGION" in os.environ, "of no concern for a folder"
+    Storage("memory://bucket/here")
+    assert "AWS_DEFAULT_REGION" not in os.environ
+    botocore.get_session().create_client("s3", aws_access_key_id="a", aws_secret_access_key="b")
+
+
+def test_runs_and_webserver_share_what_runs_print() -> None:
+    home = load("compose.yaml")["services"]["code"]["environment"]["DAGSTER_HOME"]
+    for name in ("code", "webserver", "daemon"):
+        assert f"logs:{home}/storage" in load("compose.yaml")["services"][name]["volumes"]
+    assert f"{home}/storage" in (DEPLOY / "Dockerfile").read_text(), "a volume takes its owner from the image"
+
+
+def test_pods_with_gpus_go_to_gpu_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DL4GAM_K8S_GPUS", raising=False)
+    assert gpu_tags() == {}
+    monkeypatch.setenv("DL4GAM_K8S_GPUS", "2")
+    monkeypatch.setenv("DL4GAM_K8S_GPU_NODES", "gpu=h100, zone = a")
+    job = pytest.importorskip("dagster_k8s.job", reason="dagster-k8s is absent: pip install -e '.[team]'")
+    asked = job.UserDefinedDagsterK8sConfig.from_dict(gpu_tags()["dagster-k8s/config"])
+    assert asked.container_config["resources"]["limits"] == {"nvidia.com/gpu": "2"}
+    assert asked.pod_spec_config["node_selector"] == {"gpu": "h100", "zone": "a"}
+    made = job.construct_dagster_k8s_job(
+        job.DagsterK8sJobConfig(job_image="image", dagster_home="/opt"), ["dagster"], "step",
+        user_defined_k8s_config=asked,
+    )  # fmt: skip
+    pod = made.to_dict()["spec"]["template"]["spec"]
+    assert pod["node_selector"] == {"gpu": "h100", "zone": "a"} and pod["tolerations"][0]["key"] == "nvidia.com/gpu"
+    monkeypatch.setenv("DL4GAM_K8S_GPU_NODES", "h100")
+    with pytest.raises(ValueError, match="DL4GAM_K8S_GPU_NODES"):
+        gpu_tags()
 
 
 @pytest.mark.parametrize("files", [["compose.yaml"], ["compose.yaml", "compose.gpu.yaml"]])

@@ -163,14 +163,14 @@ def test_threads_follow_from_settings_and_machine(
     monkeypatch.setattr(training, "default_workers", lambda: 8)
     region = region_of()
     region = region.model_copy(update={"compute": region.compute.model_copy(update=compute)})
-    mapper, threads = training._member_processes(Workspace(region, Storage(tmp_path), Mapper(workers), device="cpu"))
+    mapper, _, threads = training._member_processes(Workspace(region, Storage(tmp_path), Mapper(workers), device="cpu"))
     assert (mapper.workers, threads) == expected
 
 
 def test_more_cores_than_members_are_shared_by_those_there_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(training, "default_workers", lambda: 64)
     region = region_of()  # 5 folds of 2 members
-    _, threads = training._member_processes(Workspace(region, Storage(tmp_path), Mapper(64), device="cpu"))
+    _, _, threads = training._member_processes(Workspace(region, Storage(tmp_path), Mapper(64), device="cpu"))
     assert threads == 6
 
 
@@ -187,7 +187,7 @@ def test_several_gpus_have_processes_each(
     region = region_of()
     compute = region.compute.model_copy(update={"gpus": gpus, "members_at_once": at_once})
     ws = Workspace(region.model_copy(update={"compute": compute}), Storage(tmp_path), Mapper(8), device="auto")
-    mapper, threads = training._member_processes(ws)
+    mapper, _, threads = training._member_processes(ws)
     assert (mapper.workers, threads) == expected
 
 

@@ -27,7 +27,7 @@ ROOMS = (
 WORDS = {
     "cli": "the command dl4gam", "definitions": "where everything meets", "orchestrate": "ranges of partitions",
     "automation": "jobs, schedule, sensors", "checks": "what would be wrong", "assets": "thin Dagster wrappers",
-    "partitions": "years, folds, members", "resources": "store, processes, device",
+    "gate": "what failed checks hold back", "partitions": "years, folds, members", "resources": "store, processes, device",
     "stages": "the work of a partition: files to files", "synthetic": "the demo with a known truth",
     "publication": "database, report, STAC, export", "lineage": "where a number comes from",
     "published": "the authors' files, in and out",

@@ -1,4 +1,4 @@
-"""Take the pictures of docs/ui-tour.md from a running UI with the demo's store, and of its year report.
+"""Take the pictures of docs/ui-tour.md and README.md from a running UI with the demo's store, and of its year report.
 
 make demo && make ui                                      # in another terminal
 pip install selenium                                      # and Chromium with its driver
@@ -22,7 +22,16 @@ PAGES: dict[str, tuple[str, tuple[str, ...], float]] = {
     "ui_checks": ("/assets/glacier_areas?view=checks", (), 8),
     "ui_automation": ("/automation", (), 8),
     "ui_jobs": ("/jobs", (), 8),
+    "ui_runs": ("/runs", (), 8),
+    "ui_check": ("/assets/glacier_areas?view=checks&checkDetail=area_inside_interval", (), 8),
+    "ui_launchpad": ("/assets/ensemble_member", ("Materialize…", "Open launchpad"), 8),
     "ui_member": ("/assets/ensemble_member?view=partitions&partition=fold_1%7Cmember_01", (), 8),
+}
+#: The same for the pictures of the README, which are PNG.
+README_PAGES: dict[str, tuple[str, tuple[str, ...], float]] = {
+    "asset_graph": ("/asset-groups", (), 10),
+    "partitions": ("/assets/glacier_predictions?view=partitions", (), 8),
+    "materialization": ("/assets/glacier_predictions?view=partitions&partition=fold_1%7C2024", (), 8),
 }
 WIDTH, HEIGHT = 1440, 900
 
@@ -48,7 +57,10 @@ def save(png: bytes, path: Path) -> None:
     from PIL import Image
 
     picture = Image.open(io.BytesIO(png)).convert("RGB")
-    picture.save(path, quality=80, optimize=True)
+    if path.suffix == ".png":
+        picture.quantize(128).save(path, optimize=True)
+    else:
+        picture.save(path, quality=80, optimize=True)
 
 
 def main() -> None:
@@ -59,7 +71,9 @@ def main() -> None:
     choice = parser.parse_args()
     page = browser()
     try:
-        for name, (address, clicks, wait) in PAGES.items():
+        pages = {f"{name}.jpg": how for name, how in PAGES.items()}
+        pages |= {f"{name}.png": how for name, how in README_PAGES.items()}
+        for name, (address, clicks, wait) in pages.items():
             page.get(choice.ui + address)
             time.sleep(wait)
             for words in clicks:
@@ -68,7 +82,7 @@ def main() -> None:
                     words,
                 )
                 time.sleep(3)
-            save(page.get_screenshot_as_png(), choice.folder / f"{name}.jpg")
+            save(page.get_screenshot_as_png(), choice.folder / name)
             print(name)
         report = sorted((choice.store / "reports").glob("*.html"))[-1]
         page.get(report.absolute().as_uri())
