@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -179,9 +180,11 @@ def test_a_step_with_a_gpu_uses_it_itself(
             mapper, device, _ = training._member_processes(ws)
             assert mapper.scheduler is None and device == "cuda"
     # Without one the workers choose.
-    with pytest.raises(UpstreamError, match=r"process \d+ on auto$") as told:
+    with contextlib.suppress(UpstreamError):  # one worker did them all, with one and the same error
         predictions.glacier_predictions(ws, 2016, 1, force=True)
-    assert any(f"process {p.pid} " in str(told.value) for p in cluster.processes[1:])
+    failures = mine.storage.read_table("failures", stage="glacier_predictions", partition="2016.fold_1")
+    workers = {f"process {p.pid} on auto" for p in cluster.processes[1:]}
+    assert set(failures["error"]) and set(failures["error"]) <= workers
 
 
 def test_workers_choose_their_device_and_name_the_one_that_they_lack(
