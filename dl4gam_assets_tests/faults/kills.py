@@ -175,7 +175,7 @@ def _same_pixels(mine: Path, theirs: Path) -> bool:
     import rasterio
 
     with rasterio.open(mine) as one, rasterio.open(theirs) as other:
-        return one.profile == other.profile and np.array_equal(one.read(), other.read(), equal_nan=True)
+        return str(one.profile) == str(other.profile) and np.array_equal(one.read(), other.read(), equal_nan=True)
 
 
 def _same_database(mine: Path, theirs: Path) -> bool:
