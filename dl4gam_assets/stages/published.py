@@ -521,7 +521,7 @@ def scene_candidates(ws: Workspace, year: int, manifest: Mapping[str, Any], *, f
         }  # fmt: skip
         return frame_fingerprint(frame, ["hrefs"]), metadata, {}
 
-    # The folder too: addresses follow files that were moved, and nothing after them does.
+    # The folder too: addresses, and the files that are watched, follow those that were moved. Nothing after them does.
     inputs = {
         "imported": manifest["fingerprint"], "folder": manifest["path"], "glaciers": ws.upstream("inventory_outlines"),
     }  # fmt: skip
@@ -582,7 +582,7 @@ def elevation(ws: Workspace, manifest: Mapping[str, Any], *, force: bool = False
         return frame_fingerprint(stored), metadata, {}
 
     inputs = {
-        "imported": manifest["fingerprint"], "glaciers": ws.upstream("inventory_outlines"),
+        "imported": manifest["fingerprint"], "folder": manifest["path"], "glaciers": ws.upstream("inventory_outlines"),
         "buffers": ws.region.inventory.buffers_m, "pixel_m": ws.region.imagery.sensor.pixel_m,
     }  # fmt: skip
     return run_stage(ws, "elevation", "all", inputs, work, force=force, changed=_changed(ws, "elevation", "all"))
@@ -608,7 +608,7 @@ def elevation_change(ws: Workspace, year: int, manifest: Mapping[str, Any], *, f
         return frame_fingerprint(stored), metadata, {}
 
     inputs = {
-        "imported": manifest["fingerprint"], "elevation": ws.upstream("elevation"),
+        "imported": manifest["fingerprint"], "folder": manifest["path"], "elevation": ws.upstream("elevation"),
         "periods": [[p.start, p.end] for p in terrain.elevation_change], "match": terrain.elevation_change_match,
     }  # fmt: skip
     changed = _changed(ws, "elevation_change", label)
