@@ -72,6 +72,7 @@ def each_partition(
     """
     tell_host(context.instance, context.run)
     if not _is_partitioned(context):
+        _log_ourselves(context, False)
         if reasons := held_back(context).get(None):
             raise dg.Failure(description=f"held back: {'; '.join(reasons)}")
         try:
@@ -167,9 +168,7 @@ def attach(
     """
     errors = {key: result for key, result in results.items() if isinstance(result, Exception)}
     one_by_one = bool(errors or held or len(context.partition_keys) > 1)
-    if one_by_one:
-        # In memory, of this step: Dagster logs none itself.
-        cast(dict[str, str], context.run.tags)[EXTERNALLY_MANAGED_ASSETS_TAG] = "true"
+    _log_ourselves(context, one_by_one)
     for key in context.partition_keys:
         result = results.get(key)
         if result is None or isinstance(result, Exception):
@@ -191,6 +190,16 @@ def attach(
     if held and (not results or not _goes_further(context)):
         lines = "\n".join(f"  {key}: {'; '.join(reasons)}" for key, reasons in held.items())
         raise dg.Failure(description=f"{len(held)} of {len(context.partition_keys)} partitions are held back:\n{lines}")
+
+
+def _log_ourselves(context: dg.AssetExecutionContext, ourselves: bool) -> None:
+    """Whether this step logs its materializations itself, so that Dagster does not: in memory, and of this step, which
+    may be one of several in a process that have the run's tags in common."""
+    tags = cast(dict[str, str], context.run.tags)
+    if ourselves:
+        tags[EXTERNALLY_MANAGED_ASSETS_TAG] = "true"
+    else:
+        tags.pop(EXTERNALLY_MANAGED_ASSETS_TAG, None)
 
 
 def _goes_further(context: dg.AssetExecutionContext) -> bool:
