@@ -220,7 +220,11 @@ def _cause(
     reasons = [*_words(keys, before, now.inputs), *now.changed]
     if not reasons:
         reasons = ["made by another version, which kept no names of its inputs" if before is None else "other inputs"]
-    certain, possible = _concerned(ws, graph, asset, label, numbers, keys, now, before)
+    try:
+        certain, possible = _concerned(ws, graph, asset, label, numbers, keys, now, before)
+    except SettingsError as error:  # an override file that can not be used: what it chooses is not known
+        reasons.append(str(error))
+        certain, possible = graph.reach(asset, numbers, certain=False)
     return Cause(asset, label, tuple(reasons), certain, possible), before or now.inputs
 
 
