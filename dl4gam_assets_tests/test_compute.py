@@ -137,3 +137,28 @@ def test_a_missing_accelerator_is_said_at_once() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="'auto' or 'cpu'"):
             choose_device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("amx", "avx512", "maker", "expected"),
+    [
+        (True, True, "GenuineIntel", True),
+        (False, True, "GenuineIntel", False),  # slower than fp32, measured
+        (False, True, "AuthenticAMD", True),
+        (False, False, "AuthenticAMD", False),
+        (False, True, "", False),
+    ],
+)
+def test_bf16_is_taken_where_it_is_faster(
+    monkeypatch: pytest.MonkeyPatch, amx: bool, avx512: bool, maker: str, expected: bool
+) -> None:
+    """Processors that this one is not."""
+    import torch
+
+    from dl4gam_assets import compute
+
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(compute, "processor_maker", lambda: maker)
+    assert compute.fast_bf16("cpu") is expected
+    assert not compute.fast_bf16("mps")

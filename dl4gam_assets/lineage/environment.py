@@ -18,6 +18,7 @@ from typing import Any
 
 import pandas as pd
 
+from dl4gam_assets.compute import processor_maker
 from dl4gam_assets.settings import Region, fingerprint
 from dl4gam_assets.storage import Storage
 
@@ -50,11 +51,12 @@ def software() -> dict[str, str]:
 
 @functools.cache
 def hardware_class(device: str = "cpu") -> str:
-    """Machines of one class give the same bits: architecture, vector instructions, and the accelerator that was used.
+    """Machines of one class give the same bits: architecture, maker and vector instructions, by which libraries choose
+    their kernels and ``auto`` the precision, and the accelerator that was used.
 
     ``device``: the torch device that computed (``cpu``, ``cuda``, ``mps``).
     """
-    processor = f"{platform.machine() or 'unknown'} {_simd()}"
+    processor = " ".join(filter(None, (platform.machine() or "unknown", processor_maker(), _simd())))
     return processor if device == "cpu" else f"{processor}, {_accelerator(device)}"
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
+from dl4gam_assets.compute import fast_bf16
 from dl4gam_assets.settings import InferenceSettings
 
 #: Every encoder halves at most five times, so networks are equivariant to shifts by this many pixels, not to others.
@@ -115,12 +116,7 @@ def low_precision(settings: InferenceSettings, device: str) -> bool:
         return settings.precision == "bf16"
     if settings.mode == "stride":
         return False
-    if device.startswith("cuda"):
-        return torch.cuda.is_bf16_supported(including_emulation=False)  # emulated bf16 is slower than fp32
-    if device == "cpu":
-        checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
-        return any(check() for check in checks if check is not None)
-    return False
+    return fast_bf16(device)
 
 
 def _padded(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
