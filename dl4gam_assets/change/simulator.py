@@ -1,8 +1,8 @@
 """A statistical simulator: regions with known rates and known errors, to check what the estimates claim.
 
 Belongs here: drawing many regions and the errors of their areas without images or training, and the shares of them that
-the intervals cover. An area's error is drawn as one number: what the members of an ensemble and their spread make of a
-margin is drawn in ``interval_simulator``.
+the intervals cover. An area's error is drawn as one number; blurred margins and the features that tau is fitted on are
+drawn in ``interval_simulator``.
 Does not belong here: the estimates themselves (``rates``, ``regional``, ``trends``); simulated images (``synthetic``).
 """
 

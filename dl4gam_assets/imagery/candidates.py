@@ -23,6 +23,7 @@ from dl4gam_assets.imagery.catalogs import SceneCatalog, group_by_day, item_chec
 from dl4gam_assets.imagery.reading import ReadPolicy, SceneUnreachableError, bytes_read, read_images
 from dl4gam_assets.imagery.scaling import implausible
 from dl4gam_assets.imagery.scores import score_image
+from dl4gam_assets.imagery.signing import unsigned
 from dl4gam_assets.inventory import glacier_grid
 from dl4gam_assets.settings import ComputeSettings, ImagerySettings, Region
 from dl4gam_assets.tables import TABLES
@@ -128,7 +129,7 @@ def candidates_of_glacier(
             "glacier_id": glacier["glacier_id"],
             "date": dt.datetime.combine(day, dt.time()),
             "scene_ids": "+".join(item.id for item in group),
-            "hrefs": json.dumps({i.id: {n: i.assets[n].href for n in names if n in i.assets} for i in group}),
+            "hrefs": json.dumps({i.id: {n: unsigned(i.assets[n].href) for n in names if n in i.assets} for i in group}),
             "checksums": json.dumps({i.id: item_checksums(i, names) for i in group}),
         }
         for day, group in days.items()
