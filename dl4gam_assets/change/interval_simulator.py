@@ -3,10 +3,11 @@
 Belongs here: drawing validation and test glaciers with known errors, fitting both rules as the platform does, counting.
 Does not belong here: the rules (``ensemble.intervals``, ``ensemble.conformal``); regional rates (``simulator``).
 
-The map of a glacier is idealized to its margin. The probability falls across it as a logistic function of distance with
-the length ``b``, so the bound at tau lies b log((1 - tau) / tau) off the best margin, and an interval is the perimeter
-times that on both sides. The true margin lies a random distance off. A glacier's covering tau is then known in closed
-form: 1 / (1 + exp(offset / b)).
+The map of a glacier is idealized to a profile across its margin. Each ensemble member draws the margin at a place of
+its own and lets the probability fall across it as a logistic function of distance with a length of its own; what all
+members share is how far they are off the true margin. Mean and deviation over the members, bounds, features and
+covering taus then come from the profile as they come from a map (METHOD section 7); areas are the perimeter times a
+length.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from dl4gam_assets.settings import CalibrationSettings
 
 #: Width of the ground around an outline that may count, km (METHOD section 7: the 20 m zone).
 ZONE_KM = 0.02
+#: Cells of the profile outside and inside the true margin; what lies farther inside is ice to every member.
+_OUTSIDE, _INSIDE = 25, 200
+_CELL_KM = ZONE_KM / _OUTSIDE
 #: Perimeter over that of a circle of the same area; tongues and ribs make it about this.
 SHAPE = 1.8
 METHODS = ("published", "conformal")
@@ -38,8 +42,12 @@ class IntervalWorld:
     #: Glaciers that tau is fitted on, and that it is judged on.
     validation: int = 150
     test: int = 150
-    #: Offset of the true margin from the mapped one, and the blur of the map's margin: their usual sizes.
+    #: Members of the ensemble.
+    members: int = 10
+    #: Offset of the mapped margin, common to all members, from the true one; the scatter of the members about it; and
+    #: the blur of a member's margin: their usual sizes.
     offset_km: float = 0.006
+    member_km: float = 0.003
     blur_km: float = 0.008
     #: Share of debris-covered glaciers among the judged ones, and (null: the same) among the validation glaciers.
     debris: float = 0.2
@@ -47,7 +55,7 @@ class IntervalWorld:
     #: The offset of debris-covered glaciers is so many times larger; that of others grows as area**-size_power.
     debris_factor: float = 1.0
     size_power: float = 0.0
-    #: How much of that the map's blur shows: 1: it is blurred as much as it errs, 0: nothing in the map tells.
+    #: How much of that the maps show: 1: members scatter and blur as much as they err, 0: nothing in the maps tells.
     told: float = 1.0
     #: Degrees of freedom of Student's t for the offsets (null: normal).
     tails: float | None = None
@@ -63,10 +71,11 @@ class Draw(NamedTuple):
     glaciers: pd.DataFrame
     debris: pd.DataFrame
     features: pd.DataFrame
-    estimate: np.ndarray
     truth: np.ndarray
-    reach: np.ndarray  # km2 that one unit of the logit moves a bound
-    zone: np.ndarray  # km2 of the 20 m zone with the outline: the widest upper bound
+    sure: np.ndarray  # km2 inside of the profile
+    cell: np.ndarray  # km2 of a cell of the profile
+    low: np.ndarray  # (n, cells) mean - std over the members, -inf where the glacier is too narrow for the cell
+    high: np.ndarray  # mean + std
     covering: np.ndarray
 
 
@@ -82,35 +91,66 @@ def draw_glaciers(
     noise = rng.normal(size=n) if world.tails is None else rng.standard_t(world.tails, size=n)
     shared = rng.normal(0, world.shared_km) if world.shared_km else 0.0
     # The zone of the outline holds the truth, and nothing beyond it counts.
-    offset = np.clip(factor * world.offset_km * harder * noise + shared, -0.9 * area / perimeter, ZONE_KM)
-    blur = world.blur_km * harder**world.told * np.exp(rng.normal(0, 0.25, n))
-    truth, estimate = area, area + perimeter * offset
-    reach, zone = perimeter * blur, area + perimeter * ZONE_KM
-    # floor to the steps of tau, as the search does
-    covering = np.floor(1000 / (1 + np.exp(np.minimum(np.abs(offset) / blur, 50.0)))) / 1000
-    blurred = np.minimum(reach / zone, 1.0)
+    width = np.minimum(0.9 * area / perimeter, _INSIDE * _CELL_KM)
+    offset = np.clip(factor * world.offset_km * harder * noise + shared, -width, ZONE_KM)
+    shown = harder**world.told * np.exp(rng.normal(0, 0.25, n))
+    inside = np.floor(width / _CELL_KM).astype(int)
+    mean, std = _profiles(world, offset, shown, rng)
+    there = np.arange(-_INSIDE, _OUTSIDE) >= -inside[:, None]
+    below, above = np.where(there, mean - std, -np.inf), np.where(there, mean + std, -np.inf)
+    cell = perimeter * _CELL_KM
+    sure, zone = area - cell * inside, area + cell * _OUTSIDE
+
+    def over_zone(values: np.ndarray) -> np.ndarray:
+        total: np.ndarray = cell * np.where(there, values, 0.0).sum(axis=1)
+        return total
+
     features = pd.DataFrame(
         {
-            "log_area": np.log(np.maximum(estimate, 1e-4)),
-            "mean_probability": np.clip(estimate / zone + rng.normal(0, 0.02, n), 0, 1),
-            "epistemic_std": 0.35 * np.sqrt(blurred) * np.exp(rng.normal(0, 0.2, n)),
-            "aleatoric_std": 0.45 * np.sqrt(blurred) * np.exp(rng.normal(0, 0.1, n)),
+            "log_area": np.log(np.maximum(sure + over_zone(mean >= 0.5), 1e-4)),
+            "mean_probability": (sure + over_zone(mean)) / zone,
+            "epistemic_std": np.sqrt(over_zone(std**2) / zone),
+            "aleatoric_std": np.sqrt(over_zone(mean * (1 - mean)) / zone),
         }
     )
     ids = [f"{prefix}{i:05d}" for i in range(n)]
-    glaciers = pd.DataFrame({"glacier_id": ids, "inventory_area_km2": area})
-    share = np.where(covered, 0.4, 0.0)
     return Draw(
-        glaciers, pd.DataFrame({"glacier_id": ids, "debris_km2": share * area}), features, estimate, truth, reach, zone,
-        covering,
+        pd.DataFrame({"glacier_id": ids, "inventory_area_km2": area}),
+        pd.DataFrame({"glacier_id": ids, "debris_km2": np.where(covered, 0.4, 0.0) * area}),
+        features, area, sure, cell, below, above, _covering_tau(below, above, inside),
     )  # fmt: skip
+
+
+def _profiles(
+    world: IntervalWorld, offset: np.ndarray, shown: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and (population) deviation of the members' probabilities in each cell, (n, cells), outward."""
+    size = (len(offset), world.members, 1)
+    place = offset[:, None, None] + world.member_km * shown[:, None, None] * rng.normal(size=size)
+    blur = world.blur_km * shown[:, None, None] * np.exp(rng.normal(0, 0.15, size))
+    distance = (np.arange(-_INSIDE, _OUTSIDE) + 0.5) * _CELL_KM
+    z = ((distance - place) / blur).astype(np.float32)
+    probability = 1 / (1 + np.exp(np.clip(z, -60, 60)))
+    return probability.mean(axis=1, dtype=np.float64), probability.std(axis=1, dtype=np.float64)
+
+
+def _covering_tau(below: np.ndarray, above: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """The largest tau (steps of 0.001, at most 0.5) whose interval holds the truth: no more cells in the lower mask
+    than lie inside the true margin, and no fewer in the upper one."""
+    rows = np.arange(len(inside))
+    first_too_many = -np.sort(-below, axis=1)[rows, inside]  # in no lower mask: 1 - tau is above it
+    last_needed = -np.sort(-above, axis=1)[rows, np.maximum(inside - 1, 0)]
+    limit = np.where(inside > 0, np.minimum(1 - first_too_many, last_needed), 1 - first_too_many)
+    tau: np.ndarray = np.clip(np.floor(1000 * limit - 1e-6) / 1000, 0.0, 0.5)
+    return tau
 
 
 def bounds(draw: Draw, tau: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Lower and upper area (km2) of each glacier at its tau; at tau 0 nothing and the whole zone."""
-    with np.errstate(divide="ignore"):
-        half = draw.reach * np.log((1 - tau) / tau)
-    return np.maximum(draw.estimate - half, 0.0), np.minimum(draw.estimate + half, np.maximum(draw.zone, draw.estimate))
+    certain = (draw.low >= (1 - tau)[:, None]).sum(axis=1)
+    possible = (draw.high >= tau[:, None]).sum(axis=1)
+    lower = np.where(tau > 0, draw.sure + draw.cell * certain, 0.0)
+    return lower, draw.sure + draw.cell * possible
 
 
 def simulate_intervals(world: IntervalWorld, settings: CalibrationSettings, draws: int, seed: int = 0) -> pd.DataFrame:

@@ -33,6 +33,26 @@ def test_the_covering_tau_is_the_largest_whose_interval_holds_the_truth() -> Non
     assert (lower == 0).all() and (upper >= drawn.truth).all()
 
 
+def test_the_members_make_the_profile() -> None:
+    """More scatter of the members shows in the epistemic deviation alone, more blur in the aleatoric one; the interval
+    of a glacier lies around the area that all members together draw."""
+
+    def features(**world: float) -> pd.Series:
+        drawn = draw_glaciers(IntervalWorld(**world), 400, 0.0, 1.0, np.random.default_rng(3), "G")  # type: ignore[arg-type]
+        lower, upper = bounds(drawn, np.full(400, 0.3))
+        best = np.exp(drawn.features["log_area"].to_numpy())
+        assert (lower <= best).all() and (best <= upper).all()
+        return drawn.features.median()
+
+    usual, scattered, blurred, one = (
+        features(), features(member_km=0.006), features(blur_km=0.012), features(members=1),
+    )  # fmt: skip
+    assert scattered["epistemic_std"] > 1.5 * usual["epistemic_std"]
+    assert abs(scattered["aleatoric_std"] / usual["aleatoric_std"] - 1) < 0.2
+    assert blurred["aleatoric_std"] > 1.1 * usual["aleatoric_std"] and blurred["epistemic_std"] < usual["epistemic_std"]
+    assert one["epistemic_std"] == 0
+
+
 def test_both_rules_hold_what_they_claim_where_the_maps_tell_their_errors() -> None:
     found = simulate_intervals(INTERVAL_SCENARIOS["as_assumed"][1], CalibrationSettings(), draws=60, seed=3)
     for method in ("published", "conformal"):
