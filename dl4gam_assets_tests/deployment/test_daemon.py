@@ -15,9 +15,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import dagster as dg
 import pandas as pd
 import pytest
 
+from dl4gam_assets.checks import _newest
 from dl4gam_assets_tests.small_region import Small
 
 BACKFILL = """mutation($names: [String!]!) { launchPartitionBackfill(backfillParams: {
@@ -100,24 +102,30 @@ def _until(condition: Callable[[], Any], seconds: float) -> Any:
     raise TimeoutError(f"not within {seconds:.0f} s")
 
 
-@pytest.fixture
-def deployment(small: Small, tmp_path: Path) -> Iterator[tuple[Deployment, Small]]:
+@pytest.fixture(params=[1])
+def deployment(request: pytest.FixtureRequest, small: Small, tmp_path: Path) -> Iterator[tuple[Deployment, Small]]:
+    """With so many partitions in a run."""
     mine = small.copy(tmp_path / "copy")
-    mine.change(compute__partitions_per_run=1)
+    mine.change(compute__partitions_per_run=request.param)
     made = Deployment(mine, tmp_path)
     yield made, mine
     made.stop()
 
 
-@pytest.mark.timeout(900)
-def test_a_backfill_goes_on_after_its_daemon_was_killed(deployment: tuple[Deployment, Small], small: Small) -> None:
-    running, mine = deployment
-    for year in (2016, 2017):
+def _forget_maps(mine: Small, *years: int) -> list[str]:
+    """Take the maps' states and tables of all folds away; returns the partitions as the UI names them."""
+    for year in years:
         for fold in (1, 2):
             Path(str(mine.storage.state_path("glacier_predictions", f"{year}.fold_{fold}"))).unlink()
             Path(str(mine.storage.table("predictions", {"year": year, "fold": fold}))).unlink()
+    return [f"fold_{fold}|{year}" for year in years for fold in (1, 2)]
+
+
+@pytest.mark.timeout(900)
+def test_a_backfill_goes_on_after_its_daemon_was_killed(deployment: tuple[Deployment, Small], small: Small) -> None:
+    running, mine = deployment
+    names = _forget_maps(mine, 2016, 2017)
     daemon = running.daemon()
-    names = [f"fold_{fold}|{year}" for year in (2016, 2017) for fold in (1, 2)]
     asked = running.ask(BACKFILL, names=names)
     assert asked["__typename"] == "LaunchBackfillSuccess", asked
 
@@ -135,3 +143,38 @@ def test_a_backfill_goes_on_after_its_daemon_was_killed(deployment: tuple[Deploy
     for year in (2016, 2017):
         a, b = (pd.DataFrame(s.read_table("predictions", year=year)) for s in (mine.storage, small.storage))
         pd.testing.assert_frame_equal(a, b)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("deployment", [200], indirect=True)
+def test_a_backfill_over_ranges_leaves_out_what_a_failed_check_holds_back(
+    deployment: tuple[Deployment, Small], small: Small
+) -> None:
+    """All years and folds in few runs: maps of a year whose cubes failed a blocking check are not made, others are."""
+    running, mine = deployment
+    names = _forget_maps(mine, 2015, 2016, 2017)
+    cubes = dg.AssetKey("glacier_cubes")
+    with dg.DagsterInstance.from_config(running.environment["DAGSTER_HOME"]) as instance:
+        for year in ("2015", "2016", "2017"):
+            instance.report_runless_asset_event(dg.AssetMaterialization(cubes, partition=year))
+            instance.report_runless_asset_event(
+                dg.AssetCheckEvaluation(
+                    cubes, "selected_image", passed=year != "2016", metadata={}, blocking=True, partition=year,
+                    target_materialization_data=_newest(instance, "glacier_cubes", year),
+                )
+            )  # fmt: skip
+    running.daemon()
+    asked = running.ask(BACKFILL, names=names)
+    assert asked["__typename"] == "LaunchBackfillSuccess", asked
+    state = _until(
+        lambda: (told := running.ask(STATE, id=asked["backfillId"]))["status"].startswith("COMPLETED") and told, 420
+    )
+    assert state["status"] == "COMPLETED_FAILED" and "FAILURE" in {run["status"] for run in state["runs"]}
+    assert len(state["runs"]) < len(names), "ranges, not a run for each partition"
+    for year in (2015, 2017):
+        a, b = (pd.DataFrame(s.read_table("predictions", year=year)) for s in (mine.storage, small.storage))
+        pd.testing.assert_frame_equal(a, b)
+    assert not len(mine.storage.read_table("predictions", year=2016))
+    with dg.DagsterInstance.from_config(running.environment["DAGSTER_HOME"]) as instance:
+        made = instance.get_materialized_partitions(dg.AssetKey("glacier_predictions"))
+    assert made == {name for name in names if not name.endswith("2016")}
