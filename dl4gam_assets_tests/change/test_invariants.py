@@ -136,10 +136,14 @@ def workspace(tmp_path: Path) -> Workspace:
         shape = cube["mask"].shape
         for path in (storage.cube(2015, glacier_id), storage.prediction(2015, glacier_id)):
             Path(str(path)).parent.mkdir(parents=True, exist_ok=True)
-        write_cube(cube, Path(str(storage.cube(2015, glacier_id))))
+        write_cube(cube.assign_attrs(fingerprint=f"cube of {glacier_id}"), Path(str(storage.cube(2015, glacier_id))))
         grid = assign_crs(cube, 32632).odc.geobox
         mean, std = rng.random(shape, dtype=np.float32), 0.2 * rng.random(shape, dtype=np.float32)
         write_prediction(Path(str(storage.prediction(2015, glacier_id))), mean, std, grid, {})
+    cubes = {g: {"fingerprint": f"cube of {g}", "height_px": 1, "width_px": 1} for g in reversed(VALLEY.cubes)}
+    table = pd.DataFrame.from_dict(cubes, orient="index").rename_axis("glacier_id").reset_index()
+    table = table.assign(image_date=pd.Timestamp("2015-08-29"), scene_ids="S", utm_epsg=32632, size_bytes=1)
+    storage.write_table("cubes", table, {"year": 2015})
     for asset in ("inventory_outlines", "glacier_zones", "debris_outlines"):
         storage.write_state(asset, "all", {"input": "", "output": f"content of {asset}"})
     return Workspace(region, storage)

@@ -250,8 +250,9 @@ def reader(bench: Bench) -> Outcome:
     with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as held:
         assert held.stdin and held.stdout
         before = int(held.stdout.readline())
-        part = small.storage.read_table("areas", year=2016, fold=1)
-        small.storage.write_table("areas", part.iloc[:-1], {"year": 2016, "fold": 1})
+        for name in ("areas", "lineage"):
+            part = small.storage.read_table(name, year=2016, fold=1).sort_values("glacier_id")
+            small.storage.write_table(name, part.iloc[:-1], {"year": 2016, "fold": 1})
         stop, seen = threading.Event(), []
 
         def watch() -> None:

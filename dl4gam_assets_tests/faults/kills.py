@@ -327,7 +327,7 @@ def back(bench: Bench) -> dict[str, Outcome]:
     before = small.yaml.read_text()
     outcomes = {}
     for label, after in (("after one map", ".tif"), ("after the table", "tables/predictions/")):
-        small.change(inference__threshold=0.9)
+        small.change(inference__threshold=0.9, inference__mode="stride", inference__patch_px=64)  # other pixels too
         command = [sys.executable, "-c", _STOP_IN, str(small.home), after]
         died = subprocess.run(command, check=False, capture_output=True).returncode
         outcome = Outcome("the next run makes it again; what is made from it waits")

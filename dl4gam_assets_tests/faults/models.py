@@ -133,7 +133,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
 @fault("bad models", "damaged members")
 def damaged(bench: Bench) -> dict[str, Outcome]:
     """Predictions of a fold are asked for again with each damaged member; the fold keeps what it had."""
-    small = bench.copy(without=("inputs", "packed", "candidates", "reports", "stac"))
+    small = bench.copy(without=("inputs", "packed", "candidates", "stac"))
     folder = Path(str(small.storage.model(FOLD, 1)))
     whole = {file: file.read_bytes() for file in folder.iterdir() if file.is_file()}
     outcomes = {}
@@ -159,7 +159,8 @@ def damaged(bench: Bench) -> dict[str, Outcome]:
         for file, content in whole.items():
             file.write_bytes(content)
         outcomes[label] = outcome
-    predictions.glacier_predictions(small.workspace(), YEAR, FOLD, force=True)
+    for fold in range(1, small.region.folds.n + 1):
+        predictions.glacier_predictions(small.workspace(), YEAR, fold, force=True)
     left = small.storage.read_table("failures", stage="glacier_predictions")
     wrong = differences(small.storage, bench.small.storage)
     for outcome in outcomes.values():

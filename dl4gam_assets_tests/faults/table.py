@@ -73,7 +73,15 @@ class Bench:
                 continue
             target = Path(str(made.storage.root)) / entry.name
             if entry.is_dir():
-                shutil.copytree(entry, target, copy_function=os.link if entry.name in linked else shutil.copy2)
+                # Another test that reads the same store may take the log of one of Dagster's databases away meanwhile.
+                for trial in range(3):
+                    try:
+                        shutil.copytree(entry, target, copy_function=os.link if entry.name in linked else shutil.copy2)
+                        break
+                    except shutil.Error:
+                        if trial == 2:
+                            raise
+                        shutil.rmtree(target)
             else:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(entry, target)
