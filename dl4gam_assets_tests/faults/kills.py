@@ -202,18 +202,19 @@ def _same_database(mine: Path, theirs: Path) -> bool:
 
 
 def _same_page(mine: Path, theirs: Path) -> bool:
-    """Reports, without days, times and ids of runs."""
+    """Reports, without days, times, ids of runs and the folder of the inputs."""
     texts = []
     for file in (mine, theirs):
         text = file.read_text(encoding="utf-8")
         text = re.sub(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d(\.\d+)?)?", "TIME", text)
         text = re.sub(r"\b[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\b|\b[0-9a-f]{12,64}\b", "ID", text)
+        text = re.sub(r"[\w./-]*/inputs/", "", text)  # a copied store was made from the inputs of the first
         texts.append(re.sub(r"\d+(\.\d+)? (s|seconds|minutes)\b", "SPAN", text))
     return texts[0] == texts[1]
 
 
 #: Tables that name runs and times.
-ABOUT_RUNS = {"lineage", "lineage_sources", "settings", "software", "runs", "materializations"}
+ABOUT_RUNS = {"lineage", "lineage_inputs", "lineage_sources", "settings", "software", "runs", "materializations"}
 #: Files below a store -> whether two of them say the same.
 COMPARED: dict[str, Callable[[Path, Path], bool]] = {
     "models/**/model.safetensors": _same_bytes,
