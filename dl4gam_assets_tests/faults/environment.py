@@ -202,7 +202,8 @@ def unreadable(bench: Bench) -> Outcome:
     outcome.expect(code != 0, "the run says that all is well")
     outcome.expect(not half_written(small.storage), "something is half-written")
     for text in differences(small.storage, bench.small.storage):
-        outcome.expect(False, text)
+        # The database and the pages tell of the settings, which are others here, and of no known truth.
+        outcome.expect(text.startswith(("results.duckdb", "reports/")), text)
     return outcome
 
 

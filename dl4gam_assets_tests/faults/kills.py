@@ -208,7 +208,7 @@ def _same_page(mine: Path, theirs: Path) -> bool:
         text = file.read_text(encoding="utf-8")
         text = re.sub(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d(\.\d+)?)?", "TIME", text)
         text = re.sub(r"\b[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\b|\b[0-9a-f]{12,64}\b", "ID", text)
-        text = re.sub(r"(?<![\w./-])/[\w./-]{1,300}/inputs/", "", text)  # a copied store was made from the inputs of the first
+        text = re.sub(r"(?<![\w./-])/[\w./-]{1,300}/inputs/", "", text)  # a copy was made from those of the first
         texts.append(re.sub(r"\d+(\.\d+)? (s|seconds|minutes)\b", "SPAN", text))
     return texts[0] == texts[1]
 
