@@ -337,6 +337,8 @@ def query(
     file: Annotated[Path | None, typer.Option("--file", "-f", help="Write here (needed for parquet).")] = None,
 ) -> None:
     """Ask the results with SQL (read-only). `show tables` lists the tables, `describe areas` a table's columns."""
+    import duckdb
+
     from dl4gam_assets.publication import query_database
 
     _, storage = _open(region, home)
@@ -347,7 +349,8 @@ def query(
         with storage.reading(path) as local:
             frame = query_database(local, sql)
     except Exception as error:
-        raise _stop(_escape(str(error))) from error
+        hint = "\n`dl4gam query \"show tables\"` lists the tables" if isinstance(error, duckdb.CatalogException) else ""
+        raise _stop(_escape(str(error)) + hint) from error
     if output is Output.parquet:
         if file is None:
             raise _stop("--output parquet needs --file")

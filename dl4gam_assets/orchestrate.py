@@ -183,16 +183,17 @@ def materialize(
             before = time.time()
             count = 0
             for key_range in ranges:
-                job = definitions.resolve_implicit_global_asset_job_def().get_subset(
-                    asset_selection={dg.AssetKey(name) for name in names}
-                )
                 tags = {} if key_range is None else {
                     ASSET_PARTITION_RANGE_START_TAG: key_range[0], ASSET_PARTITION_RANGE_END_TAG: key_range[1],
                 }  # fmt: skip
                 tags |= own_process()
                 tags |= {FORCE_TAG: "true"} if force else {}
                 tags |= {DESPITE_TAG: "true"} if despite_checks else {}
-                result = job.execute_in_process(instance=opened, tags=tags, raise_on_error=False, run_config=_QUIET)
+                # The selection is recorded with the run: the UI shows it, and executes no more than it again.
+                result = definitions.resolve_implicit_global_asset_job_def().execute_in_process(
+                    instance=opened, asset_selection=[dg.AssetKey(name) for name in names], tags=tags,
+                    raise_on_error=False, run_config=_QUIET,
+                )  # fmt: skip
                 count += len(_keys(partitions, family, key_range))
                 if not result.success:
                     outcome.failed += _failures(result)

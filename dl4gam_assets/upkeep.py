@@ -23,6 +23,7 @@ import dagster as dg
 import psutil
 from dagster._core.launcher.default_run_launcher import DefaultRunLauncher
 from dagster._core.storage.event_log import SqliteEventLogStorage
+from dagster._core.storage.tags import HIDDEN_TAG_PREFIX
 from pydantic import Field
 
 from dl4gam_assets.resources import WorkspaceResource
@@ -83,11 +84,11 @@ def remove_run(instance: dg.DagsterInstance, run_id: str) -> None:
             path.unlink(missing_ok=True)
 
 
-#: Tag of runs that `dl4gam materialize` does in its own process: machine and process id.
-PROCESS_TAG = "dl4gam/process"
+#: Tag of runs that `dl4gam materialize` does in its own process: machine and process id. The UI hides it.
+PROCESS_TAG = f"{HIDDEN_TAG_PREFIX}dl4gam/process"
 
-#: Tag of runs that a launcher started: the machine that does them. The log has the process id.
-HOST_TAG = "dl4gam/host"
+#: Tag of runs that a launcher started: the machine that does them. The log has the process id. The UI hides it.
+HOST_TAG = f"{HIDDEN_TAG_PREFIX}dl4gam/host"
 
 #: Seconds without any event after which a run of an unknown or another machine counts as lost. Living ones write lines.
 SILENT_S = 86_400.0
@@ -110,9 +111,14 @@ def own_process() -> dict[str, str]:
     return {PROCESS_TAG: f"{this_machine()}:{os.getpid()}", "dagster/max_retries": "0"}
 
 
+def _own_tag(run: dg.DagsterRun) -> str | None:
+    """PROCESS_TAG of a run that was done so. One that the UI executes again has its parent's tags, not its process."""
+    return run.tags.get(PROCESS_TAG) if run.parent_run_id is None else None
+
+
 def tell_host(instance: dg.DagsterInstance, run: dg.DagsterRun) -> None:
     """Tag a run with the machine that does it, once."""
-    if PROCESS_TAG not in run.tags and run.tags.get(HOST_TAG) != this_machine():
+    if _own_tag(run) is None and run.tags.get(HOST_TAG) != this_machine():
         instance.add_run_tags(run.run_id, {HOST_TAG: this_machine()})
         cast(dict[str, str], run.tags)[HOST_TAG] = this_machine()
 
@@ -151,7 +157,7 @@ def _process_of(instance: dg.DagsterInstance, run: dg.DagsterRun) -> tuple[int, 
 
     Of a run of this machine before its last start the id is given as 0, which is no process.
     """
-    told = run.tags.get(PROCESS_TAG)
+    told = _own_tag(run)
     host, _, pid = told.rpartition(":") if told is not None else (run.tags.get(HOST_TAG, ""), "", "")
     name, _, start = host.partition("@")
     mine, _, now = this_machine().partition("@")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 from typer.testing import CliRunner
 
+import dl4gam_assets
 from dl4gam_assets.cli import app
 from dl4gam_assets.compute import Mapper
 from dl4gam_assets.definitions import build_defs
@@ -33,19 +35,31 @@ SMALL = {
 }
 
 
+def packaged(region: str) -> dict[str, Any]:
+    """Settings of a region that comes with the package, as they stand in its file."""
+    path = Path(dl4gam_assets.__file__).parent / "regions" / f"{region}.yaml"
+    raw: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return raw
+
+
+def changed(raw: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """``raw`` with other settings, by dotted key."""
+    for key, value in settings.items():
+        node = raw
+        *parents, last = key.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return raw
+
+
 class Small:
     """A materialized small region."""
 
     def __init__(self, home: Path):
         self.home = home
         home.mkdir(parents=True, exist_ok=True)
-        raw = yaml.safe_load((Path(__file__).parents[1] / "dl4gam_assets" / "regions" / "demo.yaml").read_text())
-        for key, value in SMALL.items():
-            node = raw
-            *parents, last = key.split(".")
-            for parent in parents:
-                node = node.setdefault(parent, {})
-            node[last] = value
+        raw = changed(packaged("demo"), SMALL)
         self.yaml = home / "small.yaml"
         self.yaml.write_text(yaml.safe_dump(raw))
         self.region: Region = load_region(self.yaml)
@@ -76,12 +90,7 @@ class Small:
     def change(self, **settings: Any) -> None:
         """Other settings, by dotted key with ``__`` for the dots."""
         raw = yaml.safe_load(self.yaml.read_text())
-        for key, value in settings.items():
-            node = raw
-            *parents, last = key.split("__")
-            for parent in parents:
-                node = node.setdefault(parent, {})
-            node[last] = value
+        changed(raw, {key.replace("__", "."): value for key, value in settings.items()})
         self.yaml.write_text(yaml.safe_dump(raw))
         self.region = load_region(self.yaml)
 

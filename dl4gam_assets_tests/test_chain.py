@@ -49,6 +49,9 @@ def test_dagster_holds_a_materialization_of_every_partition(small: Small) -> Non
                 key = dg.AssetKey(asset)
                 event = opened.get_latest_materialization_event(key)
                 assert event is not None and event.asset_materialization.metadata
+                run = opened.get_run_by_id(event.run_id)
+                assert run is not None and run.asset_selection is not None and key in run.asset_selection
+                assert len(run.asset_selection) < 8  # the UI executes these again, not the whole graph
                 if count:
                     assert len(opened.get_materialized_partitions(key)) == count, asset
                 if asset == "ensemble_member":  # its page shows the curves

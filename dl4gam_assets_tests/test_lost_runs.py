@@ -157,6 +157,29 @@ def test_a_run_of_another_machine_is_left_alone_until_nothing_is_heard_of_it(
     assert all("another machine" in why for _, why in lost_runs(instance))
 
 
+def test_a_run_that_the_ui_executes_again_has_a_process_of_its_own(instance: dg.DagsterInstance) -> None:
+    """It has the tags of its parent, which the command line did and whose process is gone."""
+    gone = subprocess.Popen([sys.executable, "-c", "pass"])
+    gone.wait()
+    mine = own_process()
+    tags = mine | {PROCESS_TAG: mine[PROCESS_TAG].rpartition(":")[0] + f":{gone.pid}"}
+    job = dg.job(name="again")(lambda: None)
+    parent = instance.create_run_for_job(job, status=dg.DagsterRunStatus.FAILURE, tags=tags)
+    run = instance.create_run_for_job(
+        job, status=dg.DagsterRunStatus.STARTED, tags=tags, parent_run_id=parent.run_id, root_run_id=parent.run_id
+    )
+    assert lost_runs(instance) == []
+    _started(instance, run, mine[PROCESS_TAG].rpartition(":")[2])
+    tell_host(instance, run)
+    assert run.tags[HOST_TAG] == this_machine() and lost_runs(instance) == []
+    died = instance.create_run_for_job(
+        job, status=dg.DagsterRunStatus.STARTED, tags=tags, parent_run_id=parent.run_id, root_run_id=parent.run_id
+    )
+    _started(instance, died, str(gone.pid))
+    tell_host(instance, died)
+    assert give_up_lost_runs(instance) == [died.run_id]
+
+
 def test_a_run_from_before_a_reboot_is_lost_whatever_has_its_id_now(instance: dg.DagsterInstance) -> None:
     (mine,) = (value for name, value in own_process().items() if name == PROCESS_TAG)
     before = mine.replace(this_machine(), f"{this_machine().partition('@')[0]}@an earlier start")

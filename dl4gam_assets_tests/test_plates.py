@@ -17,6 +17,7 @@ from dl4gam_assets.settings import parse_region
 from dl4gam_assets.stages import imagery, inventory, plates, simulation
 from dl4gam_assets.stages.base import UpstreamError, Workspace
 from dl4gam_assets.storage import Storage
+from dl4gam_assets_tests.small_region import packaged
 
 YEAR = 2016
 GREEN = np.array(plates._CHOSEN)
@@ -24,7 +25,7 @@ GREEN = np.array(plates._CHOSEN)
 
 @pytest.fixture(scope="module")
 def settings_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    raw = yaml.safe_load((Path(plates.__file__).parents[1] / "regions" / "demo.yaml").read_text())
+    raw = packaged("demo")
     raw |= {"name": "plates", "years": {"first": 2015, "last": YEAR, "baseline": 2015}}
     raw["simulation"]["size_px"] = [640, 640]
     path = tmp_path_factory.mktemp("region") / "plates.yaml"

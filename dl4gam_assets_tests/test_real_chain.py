@@ -27,6 +27,7 @@ from dl4gam_assets.settings import Region, load_region
 from dl4gam_assets.stages.base import Workspace
 from dl4gam_assets.stages.staleness import find_stale
 from dl4gam_assets.storage import Storage
+from dl4gam_assets_tests.small_region import changed, packaged
 
 pytestmark = pytest.mark.skipif(not os.environ.get("DL4GAM_REAL_CHAIN"), reason="minutes: set DL4GAM_REAL_CHAIN=1")
 GLACIER, YEAR = "B43-03", 2018
@@ -47,15 +48,7 @@ class Swiss:
                 shutil.copytree(folder, self.data / folder.name)
             else:
                 (self.data / folder.name).symlink_to(folder)
-        packaged = Path(__file__).parents[1] / "dl4gam_assets" / "regions" / "swiss.yaml"
-        raw: dict[str, Any] = yaml.safe_load(packaged.read_text())
-        raw["data_root"] = str(self.data)
-        for key, value in FEW.items():
-            node = raw
-            *parents, last = key.split(".")
-            for parent in parents:
-                node = node.setdefault(parent, {})
-            node[last] = value
+        raw = changed(packaged("swiss") | {"data_root": str(self.data)}, FEW)
         self.yaml.write_text(yaml.safe_dump(raw))
         self.region: Region = load_region(self.yaml)
         self.storage = Storage(home / "swiss")

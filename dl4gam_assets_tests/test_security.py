@@ -19,7 +19,6 @@ import numpy as np
 import pystac
 import pytest
 import rasterio
-import yaml
 from urllib3 import Retry
 
 from dl4gam_assets.imagery import SceneError, catalogs
@@ -30,7 +29,7 @@ from dl4gam_assets.imagery.sources import forget_files, read, reading_with
 from dl4gam_assets.settings import SensorSettings, SettingsError, StacApi, StacFolder, load_region, parse_region
 from dl4gam_assets_tests.faults.kills import forget
 from dl4gam_assets_tests.imagery.range_server import serving
-from dl4gam_assets_tests.small_region import Small
+from dl4gam_assets_tests.small_region import Small, packaged
 
 PACKAGE = Path(__file__).parents[1] / "dl4gam_assets"
 REAL_IS_INSIDE = catalogs.is_inside
@@ -287,7 +286,7 @@ SECRETS = [
 
 @pytest.mark.parametrize("url", SECRETS)
 def test_nor_into_any_other_address_of_the_settings(url: str) -> None:
-    raw = yaml.safe_load((PACKAGE / "regions" / "oetztal.yaml").read_text())
+    raw = packaged("oetztal")
     assert parse_region(raw).name
     catalog = {"kind": "stac-api", "url": "https://stac.example.org", "collections": ["c"]}
     for place in (

@@ -19,7 +19,6 @@ import rasterio.windows
 import shapely
 import shapely.geometry
 import xarray as xr
-import yaml
 
 from dl4gam_assets.compute import Mapper
 from dl4gam_assets.cubes import channel_stack, cube_channels, open_cube
@@ -30,6 +29,7 @@ from dl4gam_assets.stages.base import UpstreamError, Workspace
 from dl4gam_assets.stages.code import code_fingerprint, plain_code
 from dl4gam_assets.storage import Storage, safe_name
 from dl4gam_assets.terrain import TileIndex
+from dl4gam_assets_tests.small_region import packaged
 
 YEAR = 2016
 CHANNELS = [*PUBLISHED_CHANNELS, "velocity"]
@@ -39,7 +39,7 @@ class Place:
     """A region in a folder, changed by settings and run up to its cubes."""
 
     def __init__(self, home: Path, **terrain_settings: Any):
-        raw = yaml.safe_load((Path(__file__).parents[2] / "dl4gam_assets" / "regions" / "demo.yaml").read_text())
+        raw = packaged("demo")
         raw["years"] = {"first": 2015, "last": YEAR, "baseline": 2015}
         raw["simulation"]["size_px"] = [640, 640]
         raw["terrain"] |= terrain_settings

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import xarray as xr
-import yaml
 
 from dl4gam_assets.compute import Mapper
 from dl4gam_assets.settings import Region, parse_region
 from dl4gam_assets.stages import cubes, imagery, inventory, simulation, terrain
 from dl4gam_assets.stages.base import Workspace
 from dl4gam_assets.storage import Storage
+from dl4gam_assets_tests.small_region import packaged
 
 Json = dict[str, Any]
 
@@ -40,8 +40,7 @@ _TINY: Json = {"members": 1, "epochs": 1, "train_patches": 24, "patch_px": 64}
 
 def small_settings() -> Json:
     """Settings of the small region, as a mapping like that of a region file: the demo's, smaller."""
-    packaged = Path(__file__).parents[2] / "dl4gam_assets" / "regions" / "demo.yaml"
-    raw: Json = yaml.safe_load(packaged.read_text(encoding="utf-8"))
+    raw: Json = packaged("demo")
     raw |= copy.deepcopy(_SMALL)
     raw["training"] |= _TINY
     raw["baseline"] = {"random_forest": False}

@@ -13,25 +13,24 @@ import time
 from pathlib import Path
 from typing import Any
 
-#: Name of the picture -> address below the UI, words to click on one after the other, seconds to wait.
-PAGES: dict[str, tuple[str, tuple[str, ...], float]] = {
+#: Name of the picture -> address below the UI, what to click on (words) or to type (placeholder, words), one after the
+#: other, seconds to wait.
+Step = str | tuple[str, str]
+PAGES: dict[str, tuple[str, tuple[Step, ...], float]] = {
     "ui_graph": ("/asset-groups", (), 10),
     "ui_lineage": ("/assets/glacier_areas?view=lineage&lineageScope=neighbors&lineageDepth=2", (), 10),
     "ui_partitions": ("/assets/glacier_predictions?view=partitions", (), 8),
-    "ui_backfill": ("/assets/glacier_predictions", ("Materialize…",), 8),
-    "ui_checks": ("/assets/glacier_areas?view=checks", (), 8),
+    "ui_backfill": ("/assets/glacier_predictions", ("Materialize…", "All", ("2015", "[2022...2024]")), 8),
+    "ui_checks": ("/assets/glacier_areas?view=checks&checkDetail=area_inside_interval", (), 8),
     "ui_automation": ("/automation", (), 8),
     "ui_jobs": ("/jobs", (), 8),
-    "ui_runs": ("/runs", (), 8),
-    "ui_check": ("/assets/glacier_areas?view=checks&checkDetail=area_inside_interval", (), 8),
-    "ui_launchpad": ("/assets/ensemble_member", ("Materialize…", "Open launchpad"), 8),
     "ui_member": ("/assets/ensemble_member?view=partitions&partition=fold_1%7Cmember_01", (), 8),
 }
 #: The same for the pictures of the README, which are PNG.
-README_PAGES: dict[str, tuple[str, tuple[str, ...], float]] = {
+README_PAGES: dict[str, tuple[str, tuple[Step, ...], float]] = {
     "asset_graph": ("/asset-groups", (), 10),
     "partitions": ("/assets/glacier_predictions?view=partitions", (), 8),
-    "materialization": ("/assets/glacier_predictions?view=partitions&partition=fold_1%7C2024", (), 8),
+    "materialization": ("/assets/glacier_predictions?view=partitions&partition=fold_1%7C2023", ("[Show Markdown]",), 8),
 }
 WIDTH, HEIGHT = 1440, 900
 
@@ -51,6 +50,28 @@ def browser() -> Any:
             options.binary_location = binary
             return webdriver.Chrome(options=options, service=Service(driver))
     return webdriver.Chrome(options=options)
+
+
+def take(page: Any, step: Step) -> None:
+    """Click on the innermost element that says exactly these words, or type into the field whose placeholder has them."""
+    if isinstance(step, tuple):
+        from selenium.webdriver.common.by import By
+        from selenium.webdriver.common.keys import Keys
+
+        field = page.find_element(By.CSS_SELECTOR, f"input[placeholder*='{step[0]}']")
+        field.send_keys(step[1])
+        field.send_keys(Keys.TAB)
+    else:
+        found = page.execute_script(
+            "const all = [...document.querySelectorAll('button, a, div, span')].filter("
+            "e => e.textContent.trim() === arguments[0] && e.offsetParent);"
+            "const at = all.findIndex(e => !all.some(o => o !== e && e.contains(o)));"
+            "if (at >= 0) all[at].click(); return at >= 0",
+            step,
+        )
+        if not found:
+            raise SystemExit(f"{page.current_url}: nothing says {step!r}")
+    time.sleep(3)
 
 
 def save(png: bytes, path: Path) -> None:
@@ -73,15 +94,11 @@ def main() -> None:
     try:
         pages = {f"{name}.jpg": how for name, how in PAGES.items()}
         pages |= {f"{name}.png": how for name, how in README_PAGES.items()}
-        for name, (address, clicks, wait) in pages.items():
+        for name, (address, steps, wait) in pages.items():
             page.get(choice.ui + address)
             time.sleep(wait)
-            for words in clicks:
-                page.execute_script(
-                    "[...document.querySelectorAll('button, a')].find(e => e.textContent.trim() === arguments[0]).click()",
-                    words,
-                )
-                time.sleep(3)
+            for step in steps:
+                take(page, step)
             save(page.get_screenshot_as_png(), choice.folder / name)
             print(name)
         report = sorted((choice.store / "reports").glob("*.html"))[-1]
