@@ -3,7 +3,7 @@
 #   make ui     the Dagster UI on http://127.0.0.1:3000 with the same store
 #   make test   install and run the tests
 #   make test-pgstac  the search through pgstac; wants PostgreSQL with PostGIS on this machine
-#   make faults every fault of docs/faults.md, kill -9 a hundred times, and a table (half an hour)
+#   make faults every fault of docs/faults.md, kill -9 a hundred times, and a table (about an hour)
 #   make lint   style, types and the contract between rooms
 #   make audit  known vulnerabilities of the dependencies, where PyPI's data can be reached
 #   make docs   the site with tutorial and reference, in site/
