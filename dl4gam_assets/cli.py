@@ -349,7 +349,7 @@ def query(
         with storage.reading(path) as local:
             frame = query_database(local, sql)
     except Exception as error:
-        hint = "\n`dl4gam query \"show tables\"` lists the tables" if isinstance(error, duckdb.CatalogException) else ""
+        hint = '\n`dl4gam query "show tables"` lists the tables' if isinstance(error, duckdb.CatalogException) else ""
         raise _stop(_escape(str(error)) + hint) from error
     if output is Output.parquet:
         if file is None:
