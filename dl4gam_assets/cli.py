@@ -981,6 +981,13 @@ def coverage(
             console.print(shown)
         name = f"coverage_{settings.name}_{judge.split()[0]}"
         _save_plot(plots, name, validation_plots.coverage_plot(table, f"{settings.name}: judged by {judge}"))
+    taus = storage.read_table("taus")
+    if len(taus) and taus["tau_published"].equals(taus["tau_conformal"]) and not markdown:
+        console.print(
+            "Both rules gave every glacier the same tau: no fold has enough validation glaciers for a regression, nor "
+            "for a size or debris class of its own (conformal_group in the table taus).",
+            highlight=False,
+        )
     if file is not None:
         _emit(pd.concat([t.assign(judge=name) for name, t in tables.items()]).to_csv(index=False), file)
 
