@@ -252,3 +252,31 @@ def test_changes_have_no_baseline_year_and_totals_have_it(small: Small) -> None:
     baseline = totals[totals["year"] == 2015]
     assert len(baseline) and baseline["rate_pct_per_year"].isna().all()
     assert pd.notna(totals[totals["year"] == 2017]["rate_pct_per_year"]).any()
+
+
+def test_coverage_counts_the_intervals_that_hold(small: Small, tmp_path: Path) -> None:
+    file = tmp_path / "coverage.csv"
+    done = small.cli("coverage", "--file", str(file), "--plots", str(tmp_path))
+    assert done.exit_code == 0, done.output
+    told = pd.read_csv(file).set_index(["judge", "rule", "group"])
+    areas = small.storage.read_table("areas")
+    truth = pd.read_parquet(Path(str(small.storage.inputs())) / "truth" / "areas.parquet")
+    true = truth.set_index(["glacier_id", "year"])["area_km2"].reindex(
+        pd.MultiIndex.from_arrays([areas["glacier_id"], areas["year"]])
+    )
+    first = areas[areas["year"] == 2015]
+    for judge, rows, right in (
+        ("truth of the simulation, 2015 to 2017", areas, true.to_numpy()),
+        ("inventory outlines, 2015", first, first["inventory_area_km2"].to_numpy()),
+    ):
+        for rule in ("published", "conformal"):
+            held = (rows[f"lower_{rule}_km2"] <= right) & (right <= rows[f"upper_{rule}_km2"])
+            row = told.loc[(judge, rule, "all glaciers")]
+            assert row["n"] == len(rows) and row["coverage"] == pytest.approx(held.mean())
+    assert len(list(tmp_path.glob("*.png"))) == 2
+    taus = small.storage.read_table("taus")
+    one = taus["tau_published"].equals(taus["tau_conformal"])
+    assert ("same tau" in done.output) == one
+    page = small.cli("coverage", "--markdown", "--year", "2015")
+    assert page.exit_code == 0 and "| published |" in page.output and "same tau" not in page.output
+    assert small.cli("coverage", "--year", "1900").exit_code != 0
