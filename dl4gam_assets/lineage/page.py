@@ -5,6 +5,7 @@ Belongs here: HTML of an :class:`~dl4gam_assets.lineage.explanation.Explanation`
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 from dl4gam_assets.lineage.explanation import Explanation
@@ -64,7 +65,7 @@ interval {{ "%.4f"|format(e.estimate.lower_km2) }} to {{ "%.4f"|format(e.estimat
 def explanation_page(story: Explanation, region: str = "") -> str:
     """HTML of an estimate's explanation: self-contained, without scripts. ``region``: title of the region."""
     fragment = explanation_fragment(story, level=2, open_tables=2)
-    return _environment().from_string(_PAGE).render(e=story, region=region, story=fragment)
+    return _template(_PAGE).render(e=story, region=region, story=fragment)
 
 
 def explanation_fragment(story: Explanation, *, level: int = 4, open_tables: int = 0) -> str:
@@ -78,17 +79,17 @@ def explanation_fragment(story: Explanation, *, level: int = 4, open_tables: int
     groups: dict[str, list[Any]] = {}
     for record in story.inputs:
         groups.setdefault(record.kind, []).append(record)
-    return (
-        _environment()
-        .from_string(_STORY)
-        .render(e=story, tree=_tree(story.lines()), groups=list(groups.items()), level=level, open=open_tables)
+    return _template(_STORY).render(
+        e=story, tree=_tree(story.lines()), groups=list(groups.items()), level=level, open=open_tables
     )
 
 
-def _environment() -> jinja2.Environment:
+@functools.cache
+def _template(text: str) -> jinja2.Template:
+    """Compiled once: a report has a story for each glacier on its map."""
     import jinja2
 
-    return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(text)
 
 
 def _tree(lines: list[tuple[int, str]]) -> list[dict[str, Any]]:
