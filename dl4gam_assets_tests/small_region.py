@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 from typer.testing import CliRunner
 
-import dl4gam_assets
 from dl4gam_assets.cli import app
 from dl4gam_assets.compute import Mapper
 from dl4gam_assets.definitions import build_defs
@@ -19,6 +17,7 @@ from dl4gam_assets.orchestrate import materialize
 from dl4gam_assets.settings import Region, load_region
 from dl4gam_assets.stages.base import Workspace
 from dl4gam_assets.storage import Storage
+from dl4gam_assets_tests.region_files import changed, packaged
 
 YEARS = (2015, 2016, 2017)
 SMALL = {
@@ -33,24 +32,6 @@ SMALL = {
     "inventory.min_area_km2": 0.1,
     "compute.workers": 1,
 }
-
-
-def packaged(region: str) -> dict[str, Any]:
-    """Settings of a region that comes with the package, as they stand in its file."""
-    path = Path(dl4gam_assets.__file__).parent / "regions" / f"{region}.yaml"
-    raw: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return raw
-
-
-def changed(raw: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """``raw`` with other settings, by dotted key."""
-    for key, value in settings.items():
-        node = raw
-        *parents, last = key.split(".")
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
-    return raw
 
 
 class Small:

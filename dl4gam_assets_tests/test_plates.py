@@ -17,7 +17,7 @@ from dl4gam_assets.settings import parse_region
 from dl4gam_assets.stages import imagery, inventory, plates, simulation
 from dl4gam_assets.stages.base import UpstreamError, Workspace
 from dl4gam_assets.storage import Storage
-from dl4gam_assets_tests.small_region import packaged
+from dl4gam_assets_tests.region_files import packaged
 
 YEAR = 2016
 GREEN = np.array(plates._CHOSEN)

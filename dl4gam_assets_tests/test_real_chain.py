@@ -27,7 +27,7 @@ from dl4gam_assets.settings import Region, load_region
 from dl4gam_assets.stages.base import Workspace
 from dl4gam_assets.stages.staleness import find_stale
 from dl4gam_assets.storage import Storage
-from dl4gam_assets_tests.small_region import changed, packaged
+from dl4gam_assets_tests.region_files import changed, packaged
 
 pytestmark = pytest.mark.skipif(not os.environ.get("DL4GAM_REAL_CHAIN"), reason="minutes: set DL4GAM_REAL_CHAIN=1")
 GLACIER, YEAR = "B43-03", 2018

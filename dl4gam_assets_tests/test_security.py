@@ -29,7 +29,8 @@ from dl4gam_assets.imagery.sources import forget_files, read, reading_with
 from dl4gam_assets.settings import SensorSettings, SettingsError, StacApi, StacFolder, load_region, parse_region
 from dl4gam_assets_tests.faults.kills import forget
 from dl4gam_assets_tests.imagery.range_server import serving
-from dl4gam_assets_tests.small_region import Small, packaged
+from dl4gam_assets_tests.region_files import packaged
+from dl4gam_assets_tests.small_region import Small
 
 PACKAGE = Path(__file__).parents[1] / "dl4gam_assets"
 REAL_IS_INSIDE = catalogs.is_inside

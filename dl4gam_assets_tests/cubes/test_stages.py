@@ -29,7 +29,7 @@ from dl4gam_assets.stages.base import UpstreamError, Workspace
 from dl4gam_assets.stages.code import code_fingerprint, plain_code
 from dl4gam_assets.storage import Storage, safe_name
 from dl4gam_assets.terrain import TileIndex
-from dl4gam_assets_tests.small_region import packaged
+from dl4gam_assets_tests.region_files import packaged
 
 YEAR = 2016
 CHANNELS = [*PUBLISHED_CHANNELS, "velocity"]

@@ -22,7 +22,7 @@ from dl4gam_assets.settings import Region, parse_region
 from dl4gam_assets.stages import cubes, imagery, inventory, simulation, terrain
 from dl4gam_assets.stages.base import Workspace
 from dl4gam_assets.storage import Storage
-from dl4gam_assets_tests.small_region import packaged
+from dl4gam_assets_tests.region_files import packaged
 
 Json = dict[str, Any]
 
