@@ -189,7 +189,7 @@ def materialize(
                 tags |= own_process()
                 tags |= {FORCE_TAG: "true"} if force else {}
                 tags |= {DESPITE_TAG: "true"} if despite_checks else {}
-                # The selection is recorded with the run: the UI shows it, and executes no more than it again.
+                # The selection is recorded with the run, so that the UI shows what it makes.
                 result = definitions.resolve_implicit_global_asset_job_def().execute_in_process(
                     instance=opened, asset_selection=[dg.AssetKey(name) for name in names], tags=tags,
                     raise_on_error=False, run_config=_QUIET,

@@ -112,7 +112,7 @@ def own_process() -> dict[str, str]:
 
 
 def _own_tag(run: dg.DagsterRun) -> str | None:
-    """PROCESS_TAG of a run that was done so. One that the UI executes again has its parent's tags, not its process."""
+    """PROCESS_TAG of a run that was done so. One that is executed again has its parent's tags, not its process."""
     return run.tags.get(PROCESS_TAG) if run.parent_run_id is None else None
 
 

@@ -60,7 +60,9 @@ class Small:
 
     def cli(self, *words: str) -> Any:
         region = [] if words[0] in {"regions"} else ["--region", str(self.yaml), "--home", str(self.home)]
-        return CliRunner().invoke(app, [*words, *region])
+        # The command tells its workers by the environment, which is put back afterwards.
+        told = {"DL4GAM_REGION": str(self.yaml), "DL4GAM_HOME": str(self.home)}
+        return CliRunner().invoke(app, [*words, *region], env=told)
 
     def copy(self, home: Path) -> Small:
         """The same region with a store of its own."""

@@ -157,7 +157,7 @@ def test_a_run_of_another_machine_is_left_alone_until_nothing_is_heard_of_it(
     assert all("another machine" in why for _, why in lost_runs(instance))
 
 
-def test_a_run_that_the_ui_executes_again_has_a_process_of_its_own(instance: dg.DagsterInstance) -> None:
+def test_a_run_that_is_executed_again_has_a_process_of_its_own(instance: dg.DagsterInstance) -> None:
     """It has the tags of its parent, which the command line did and whose process is gone."""
     gone = subprocess.Popen([sys.executable, "-c", "pass"])
     gone.wait()
