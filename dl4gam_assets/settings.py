@@ -1027,13 +1027,18 @@ def load_region(name_or_path: str | Path, overrides: Mapping[str, Any] | None = 
         raise SettingsError(f"{where} is not valid YAML: {error}") from error
     if not isinstance(raw, dict):
         raise SettingsError(f"{where} must be a YAML mapping of settings")
-    for key, value in (overrides or {}).items():
+    override(raw, overrides or {})
+    return parse_region(raw, where)
+
+
+def override(raw: dict[str, Any], overrides: Mapping[str, Any]) -> None:
+    """Set settings of a mapping in place, by dotted key (``{"training.epochs": 3}``)."""
+    for key, value in overrides.items():
         node = raw
         *parents, last = key.split(".")
         for parent in parents:
             node = node.setdefault(parent, {})
         node[last] = value
-    return parse_region(raw, where)
 
 
 def parse_region(raw: Mapping[str, Any], where: str = "settings") -> Region:

@@ -1,8 +1,7 @@
-"""Settings of the packaged regions, for tests that run them otherwise. Imports no Dagster: servers start with it."""
+"""Settings of the packaged regions, for tests that change them. Imports no Dagster: servers start with it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,4 @@ def packaged(region: str) -> dict[str, Any]:
     """Settings of a region that comes with the package, as they stand in its file."""
     path = Path(dl4gam_assets.__file__).parent / "regions" / f"{region}.yaml"
     raw: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return raw
-
-
-def changed(raw: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """``raw`` with other settings, by dotted key."""
-    for key, value in settings.items():
-        node = raw
-        *parents, last = key.split(".")
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
     return raw

@@ -14,10 +14,10 @@ from dl4gam_assets.cli import app
 from dl4gam_assets.compute import Mapper
 from dl4gam_assets.definitions import build_defs
 from dl4gam_assets.orchestrate import materialize
-from dl4gam_assets.settings import Region, load_region
+from dl4gam_assets.settings import Region, load_region, override
 from dl4gam_assets.stages.base import Workspace
 from dl4gam_assets.storage import Storage
-from dl4gam_assets_tests.region_files import changed, packaged
+from dl4gam_assets_tests.region_files import packaged
 
 YEARS = (2015, 2016, 2017)
 SMALL = {
@@ -40,7 +40,8 @@ class Small:
     def __init__(self, home: Path):
         self.home = home
         home.mkdir(parents=True, exist_ok=True)
-        raw = changed(packaged("demo"), SMALL)
+        raw = packaged("demo")
+        override(raw, SMALL)
         self.yaml = home / "small.yaml"
         self.yaml.write_text(yaml.safe_dump(raw))
         self.region: Region = load_region(self.yaml)
@@ -73,7 +74,7 @@ class Small:
     def change(self, **settings: Any) -> None:
         """Other settings, by dotted key with ``__`` for the dots."""
         raw = yaml.safe_load(self.yaml.read_text())
-        changed(raw, {key.replace("__", "."): value for key, value in settings.items()})
+        override(raw, {key.replace("__", "."): value for key, value in settings.items()})
         self.yaml.write_text(yaml.safe_dump(raw))
         self.region = load_region(self.yaml)
 

@@ -23,11 +23,11 @@ from dl4gam_assets.compute import Mapper, close_clusters
 from dl4gam_assets.definitions import build_defs
 from dl4gam_assets.lineage import compare, explain, open_results
 from dl4gam_assets.orchestrate import materialize
-from dl4gam_assets.settings import Region, load_region
+from dl4gam_assets.settings import Region, load_region, override
 from dl4gam_assets.stages.base import Workspace
 from dl4gam_assets.stages.staleness import find_stale
 from dl4gam_assets.storage import Storage
-from dl4gam_assets_tests.region_files import changed, packaged
+from dl4gam_assets_tests.region_files import packaged
 
 pytestmark = pytest.mark.skipif(not os.environ.get("DL4GAM_REAL_CHAIN"), reason="minutes: set DL4GAM_REAL_CHAIN=1")
 GLACIER, YEAR = "B43-03", 2018
@@ -48,7 +48,8 @@ class Swiss:
                 shutil.copytree(folder, self.data / folder.name)
             else:
                 (self.data / folder.name).symlink_to(folder)
-        raw = changed(packaged("swiss") | {"data_root": str(self.data)}, FEW)
+        raw = packaged("swiss")
+        override(raw, {"data_root": str(self.data), **FEW})
         self.yaml.write_text(yaml.safe_dump(raw))
         self.region: Region = load_region(self.yaml)
         self.storage = Storage(home / "swiss")

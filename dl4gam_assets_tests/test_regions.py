@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from dl4gam_assets import settings as s
+from dl4gam_assets_tests.region_files import packaged
 
 FOLDER = Path(s.__file__).parent / "regions"
 SAMPLE_REGIONS = ["khumbu", "oetztal", "swiss"]
@@ -93,13 +94,8 @@ def test_scene_patterns_match_the_sample_files(name: str, files: int, dates: int
 
 # --------------------------------------------------------------------------------------------- wrong files
 def write(tmp_path: Path, change: dict[str, object], name: str = "swiss") -> Path:
-    raw = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
-    for key, value in change.items():
-        *parents, last = key.split(".")
-        node = raw
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
+    raw = packaged(name)
+    s.override(raw, change)
     path = tmp_path / "region.yaml"
     path.write_text(yaml.safe_dump(raw), encoding="utf-8")
     return path
@@ -164,7 +160,7 @@ def test_missing_section_and_unknown_region_are_named(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------- fingerprints
 def test_fingerprint_does_not_depend_on_key_order_place_or_compute(tmp_path: Path) -> None:
     region = s.load_region("swiss")
-    raw = yaml.safe_load((FOLDER / "swiss.yaml").read_text(encoding="utf-8"))
+    raw = packaged("swiss")
     turned = s.parse_region(dict(reversed(raw.items())))
     assert turned.fingerprint() == region.fingerprint() == s.load_region("swiss").fingerprint()
     moved = s.load_region("swiss", {"data_root": "elsewhere", "compute.workers": 3})

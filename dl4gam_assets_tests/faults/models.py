@@ -256,6 +256,5 @@ def no_gpu(bench: Bench) -> Outcome:
     except Exception as error:
         outcome.said = " ".join(str(error).split())
     outcome.names("compute.device", "cuda", "auto")
-    for text in differences(small.storage, bench.small.storage):
-        outcome.expect(False, text)
+    outcome.lost += differences(small.storage, bench.small.storage)
     return outcome

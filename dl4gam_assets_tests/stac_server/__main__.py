@@ -24,6 +24,7 @@ import yaml
 
 from dl4gam_assets.settings import load_region, packaged_regions
 from dl4gam_assets.storage import Storage
+from dl4gam_assets_tests.region_files import packaged
 from dl4gam_assets_tests.stac_server.regions import asking, differences
 from dl4gam_assets_tests.stac_server.server import Server
 
@@ -82,10 +83,9 @@ def _report(server: Server, every_s: float = 10.0) -> None:
 
 
 def _raw(region: str) -> dict[str, Any]:
-    path = Path(region)
     if region in packaged_regions():
-        path = Path(__file__).parents[2] / "dl4gam_assets" / "regions" / f"{region}.yaml"
-    raw: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return packaged(region)
+    raw: dict[str, Any] = yaml.safe_load(Path(region).read_text(encoding="utf-8"))
     return raw
 
 

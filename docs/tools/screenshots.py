@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-#: Name of the picture -> address below the UI, what to click on (words) or to type (placeholder, words), one after the
-#: other, seconds to wait.
+#: Words to click on, or a hint that an empty field shows and what to type there.
 Step = str | tuple[str, str]
+#: Name of the picture -> address below the UI, steps one after the other, seconds to wait.
 PAGES: dict[str, tuple[str, tuple[Step, ...], float]] = {
     "ui_graph": ("/asset-groups", (), 10),
     "ui_lineage": ("/assets/glacier_areas?view=lineage&lineageScope=neighbors&lineageDepth=2", (), 10),
@@ -53,7 +53,7 @@ def browser() -> Any:
 
 
 def take(page: Any, step: Step) -> None:
-    """Click on the innermost element that says exactly these words, or type into the field whose placeholder has them."""
+    """Click on the innermost element that says exactly these words, or type into a field."""
     if isinstance(step, tuple):
         from selenium.webdriver.common.by import By
         from selenium.webdriver.common.keys import Keys
